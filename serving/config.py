@@ -1,0 +1,330 @@
+"""Flags and the environment: the one place where they are read.
+
+`ServerConfig` is what the command line said; every default stands there once. `parse_args` turns
+an argument list into it and refuses, in one sentence, what cannot be served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "model" / "demo"
+MOE_A2A_BACKENDS = ("none", "all_to_all", "deepep")
+
+
+class ConfigError(ValueError):
+    """A flag, or a combination of flags, cannot be served; the message is one sentence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything one engine and its HTTP front need to know.
+
+    Sizes are tokens unless the name says otherwise; None means "decide from the model or device".
+    """
+
+    model_path: str = str(DEMO_MODEL_PATH)
+    tokenizer_path: str | None = None
+    served_model_name: str | None = None
+    load_format: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    tp_size: int = 1
+    dp_size: int = 1
+    ep_size: int = 1
+    all_devices: bool = False
+    """Use every device there is (8 emulated ones on CPU), with DPA and EP as wide as they go."""
+    moe_a2a_backend: str = "none"
+    mem_fraction_static: float = 0.9
+    max_total_tokens: int | None = None
+    page_size: int = 16
+    context_length: int | None = None
+    max_running_requests: int | None = None
+    chunked_prefill_size: int | None = None
+    decode_buckets: tuple[int, ...] | None = None
+    extend_buckets: tuple[int, ...] | None = None
+    random_seed: int | None = None
+    chat_template: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 30000
+    log_level: str = "info"
+    compilation_cache_dir: str | None = None
+    warnings: tuple[str, ...] = ()
+    """What the user should know about how the flags were understood; logged at start."""
+
+    @property
+    def model_name(self) -> str:
+        """The name clients see: --served-model-name, else the last part of the model path."""
+        return self.served_model_name or Path(self.model_path).resolve().name
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a single value out of range."""
+        if not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(
+                f"--mem-fraction-static must be between 0 and 1, got {self.mem_fraction_static}."
+            )
+        if self.page_size < 1:
+            raise ConfigError(f"--page-size must be at least 1, got {self.page_size}.")
+        for name in ("max_total_tokens", "context_length", "max_running_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.chunked_prefill_size is not None and self.chunked_prefill_size < 1:
+            raise ConfigError(
+                "--chunked-prefill-size must be at least 1: meshserve always prefills in chunks "
+                f"(its programs have fixed sizes), got {self.chunked_prefill_size}."
+            )
+        for name in ("decode_buckets", "extend_buckets"):
+            value = getattr(self, name)
+            if value is not None and (not value or min(value) < 1):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be positive sizes separated by commas."
+                )
+        if ":" in self.model_name:
+            raise ConfigError(
+                "--served-model-name cannot contain a colon (':') character, got "
+                f"'{self.model_name}'."
+            )
+
+
+def default_compilation_cache_dir() -> str:
+    """Where compiled programs are kept between starts (XDG_CACHE_HOME is honoured)."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "meshserve", "xla")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag raises ConfigError: the caller prints one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See --help for every flag.")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `scripts/serve.py`. Flag names are SGLang's where it has one."""
+    default = ServerConfig()
+    parser = _Parser(
+        prog="serve.py",
+        description="Serve an MLA + MoE model over HTTP from a (dp, ep, tp) mesh of devices.",
+        epilog=(
+            "Examples: serve.py (the bundled demo model on whatever is there); "
+            "serve.py --model-path DIR --tp 8 --dp-size 8 --ep 8 --enable-dp-attention; "
+            "serve.py --model-path DIR --tp 8 --ep 8 (experts spread, attention tensor-parallel)."
+        ),
+        allow_abbrev=False,
+    )
+
+    def add(group: Any, *names: str, **options: Any) -> None:
+        dest = options.get("dest") or names[0].lstrip("-").replace("-", "_")
+        known = {f.name for f in fields(ServerConfig)}
+        if dest in known and "action" not in options:
+            options.setdefault("default", None)
+            if getattr(default, dest) is not None:
+                options["help"] += f" (default: {getattr(default, dest)})"
+        group.add_argument(*names, **options)
+
+    group = parser.add_argument_group("model")
+    add(
+        group,
+        "--model-path",
+        "--model",
+        help="folder with config.json and *.safetensors; "
+        "without it the bundled demo model is served on every device there is",
+    )
+    add(group, "--tokenizer-path", help="folder with tokenizer.json, if not the model's")
+    add(group, "--served-model-name", help="model name in the API")
+    add(
+        group,
+        "--load-format",
+        choices=("auto", "safetensors", "dummy"),
+        help="dummy draws random weights that route evenly (for benchmarks)",
+    )
+    add(
+        group,
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        help="weights, activations and KV cache; auto: float32 on CPU, else bfloat16",
+    )
+    add(
+        group,
+        "--context-length",
+        type=int,
+        help="most tokens of prompt and answer together; default: the model's",
+    )
+    add(group, "--chat-template", help="file with a Jinja template, instead of the model's")
+    group = parser.add_argument_group("layout")
+    add(
+        group,
+        "--tp-size",
+        "--tp",
+        "--tensor-parallel-size",
+        type=int,
+        dest="tp_size",
+        help="the whole group of devices",
+    )
+    add(
+        group,
+        "--dp-size",
+        "--dp",
+        "--data-parallel-size",
+        type=int,
+        dest="dp_size",
+        help="with --enable-dp-attention: attention groups inside the tp devices, each with its "
+        "own KV cache and batch",
+    )
+    add(
+        group,
+        "--attn-dp-size",
+        "--attention-data-parallel-size",
+        type=int,
+        default=None,
+        help="the newer spelling of --dp-size N --enable-dp-attention",
+    )
+    group.add_argument(
+        "--enable-dp-attention",
+        action="store_true",
+        help="data-parallel attention: cut requests, not heads, over --dp-size",
+    )
+    add(
+        group,
+        "--ep-size",
+        "--ep",
+        "--expert-parallel-size",
+        type=int,
+        dest="ep_size",
+        help="spread the experts over this many groups of the same devices",
+    )
+    add(
+        group,
+        "--moe-a2a-backend",
+        choices=MOE_A2A_BACKENDS,
+        help="how tokens reach their experts: none = all-gather and reduce-scatter, all_to_all = "
+        "each token once to every device that holds one of its experts; deepep means all_to_all",
+    )
+    add(
+        group,
+        "--device",
+        choices=("auto", "cpu", "cuda", "tpu"),
+        help="cpu emulates the devices of the mesh",
+    )
+    group = parser.add_argument_group("memory and batching")
+    add(
+        group,
+        "--mem-fraction-static",
+        type=float,
+        help="share of a device's memory for weights, programs and KV pool",
+    )
+    add(
+        group,
+        "--max-total-tokens",
+        type=int,
+        help="KV tokens of one slice's pool, instead of "
+        "what memory allows (on CPU without this flag: 256 MiB a device)",
+    )
+    add(group, "--page-size", type=int, help="KV tokens in one page")
+    add(
+        group,
+        "--max-running-requests",
+        type=int,
+        help="most requests running at once, over all "
+        "slices; default: the largest decode bucket for every slice",
+    )
+    add(
+        group,
+        "--chunked-prefill-size",
+        type=int,
+        help="most prompt tokens in one step, divided "
+        "by --dp-size under DPA; default: the largest extend bucket for every slice",
+    )
+    add(
+        group,
+        "--decode-buckets",
+        type=_sizes,
+        help="batch sizes (per slice) that decode "
+        "programs are compiled for, as 1,8,32; default by device",
+    )
+    add(
+        group,
+        "--extend-buckets",
+        type=_sizes,
+        help="prompt tokens (per slice) that prefill "
+        "programs are compiled for, as 128,512; default by device",
+    )
+    add(
+        group,
+        "--random-seed",
+        type=int,
+        help="seed for requests that bring none (and for dummy weights); default: a fresh one",
+    )
+    add(
+        group,
+        "--compilation-cache-dir",
+        help="where compiled programs are kept between starts; "
+        f"default: {default_compilation_cache_dir()}".replace(os.path.expanduser("~"), "~"),
+    )
+    group = parser.add_argument_group("HTTP")
+    add(group, "--host", help="address to listen on")
+    add(group, "--port", type=int, help="port to listen on")
+    add(group, "--log-level", choices=("debug", "info", "warning", "error"), help="log level")
+    group = parser.add_argument_group("several hosts")
+    group.add_argument("--nnodes", type=int, default=1, help="only 1 works so far")
+    group.add_argument("--node-rank", type=int, default=0, help="only 0 works so far")
+    return parser
+
+
+def parse_args(argv: list[str]) -> ServerConfig:
+    """Read the flags of `scripts/serve.py`.
+
+    Raises:
+        ConfigError: a flag is unknown, out of range, or not served yet.
+        SystemExit: --help was asked for.
+    """
+    args = vars(make_parser().parse_args(argv))
+    if args.pop("nnodes") != 1 or args.pop("node_rank") != 0:
+        raise ConfigError("--nnodes > 1 is not supported yet: meshserve runs on one host.")
+    enable_dpa: bool = args.pop("enable_dp_attention")
+    attn_dp: int | None = args.pop("attn_dp_size")
+    warnings: list[str] = []
+    if attn_dp is not None:
+        if args["dp_size"] not in (None, 1, attn_dp) or (args["dp_size"] == 1 and enable_dpa):
+            raise ConfigError(
+                f"--dp-size {args['dp_size']} with --attn-dp-size {attn_dp}: replicas combined "
+                "with attention data parallelism are not supported; give one of the two."
+            )
+        if attn_dp < 1:
+            raise ConfigError(f"--attn-dp-size must be positive, got {attn_dp}.")
+        args["dp_size"], enable_dpa = attn_dp, attn_dp > 1
+    dp_size = args["dp_size"] or 1
+    if enable_dpa and dp_size == 1:
+        warnings.append(
+            "--enable-dp-attention has no effect: DP attention is off because --dp-size is 1."
+        )
+    if dp_size > 1 and not enable_dpa:
+        raise ConfigError(
+            f"--dp-size {dp_size} without --enable-dp-attention means {dp_size} full replicas, "
+            "which scripts/launch_server.py will start behind the router (not part of this "
+            "version); add --enable-dp-attention for DP attention in one engine."
+        )
+    layout_flags = ("model_path", "tp_size", "dp_size", "ep_size")
+    all_devices = all(args[name] is None for name in layout_flags)
+    given = {name: value for name, value in args.items() if value is not None}
+    if given.get("moe_a2a_backend") == "deepep":
+        warnings.append(
+            "--moe-a2a-backend deepep: this engine has no DeepEP; all_to_all does the same job."
+        )
+        given["moe_a2a_backend"] = "all_to_all"
+    if given.get("moe_a2a_backend") == "all_to_all" and not all_devices:
+        if given.get("ep_size", 1) == 1:
+            raise ConfigError(
+                f"--moe-a2a-backend {args['moe_a2a_backend']} needs --ep > 1: with one expert "
+                "group there is nothing to exchange; use --moe-a2a-backend none."
+            )
+    return ServerConfig(**given, all_devices=all_devices, warnings=tuple(warnings))
