@@ -1,0 +1,1 @@
+"""The operations worth a kernel; each module holds the XLA definition."""

@@ -1,0 +1,306 @@
+"""Hugging Face checkpoints: which tensor stands where, and safetensors files read lazily.
+
+Every parameter of ours is described as NumPy *views* (transposed, reshaped, split, stacked) of the
+checkpoint's tensors. Reading any slice of a view touches only the bytes of that slice, which is how
+a device gets its shard without a whole tensor in memory; writing through the same views exports.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+Index = tuple[slice, ...]
+
+
+class CheckpointError(ValueError):
+    """The checkpoint's files do not fit the model; the message names what is wrong."""
+
+
+class Stack:
+    """Arrays (or stacks) side by side along a new axis, read slice by slice, never materialised."""
+
+    def __init__(self, parts: Sequence[np.ndarray | Stack], axis: int) -> None:
+        self.parts, self.axis = parts, axis
+        inner = parts[0].shape
+        self.shape: tuple[int, ...] = (*inner[:axis], len(parts), *inner[axis:])
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        inner = index[: self.axis] + index[self.axis + 1 :]
+        return np.stack([part[inner] for part in self.parts[index[self.axis]]], axis=self.axis)
+
+    def __setitem__(self, index: Index, value: np.ndarray) -> None:
+        inner = index[: self.axis] + index[self.axis + 1 :]
+        values = np.moveaxis(value, self.axis, 0)
+        for part, one in zip(self.parts[index[self.axis]], values, strict=True):
+            part[inner] = one
+
+
+View = np.ndarray | Stack
+
+
+def read_padded(view: View, index: Index, shape: Sequence[int]) -> np.ndarray:
+    """`view[index]` where `index` addresses `view` zero-padded at the end to `shape`."""
+    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    inside = tuple(
+        slice(min(lo, n), min(hi, n)) for (lo, hi), n in zip(bounds, view.shape, strict=True)
+    )
+    values = view[inside]
+    missing = [(0, hi - lo - n) for (lo, hi), n in zip(bounds, values.shape, strict=True)]
+    return np.pad(values, missing) if any(n for _, n in missing) else values
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this model has."""
+    c, d = config, config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c.vocab_size, d),
+        "model.norm.weight": (d,),
+    }
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, d)
+
+    def mlp(prefix: str, width: int) -> None:
+        shapes[f"{prefix}.gate_proj.weight"] = (width, d)
+        shapes[f"{prefix}.up_proj.weight"] = (width, d)
+        shapes[f"{prefix}.down_proj.weight"] = (d, width)
+
+    for i, kind in enumerate(c.layer_kinds):
+        layer = f"model.layers.{i}"
+        attention = f"{layer}.self_attn"
+        shapes[f"{layer}.input_layernorm.weight"] = (d,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
+        if c.q_lora_rank is None:
+            shapes[f"{attention}.q_proj.weight"] = (c.num_heads * c.qk_head_dim, d)
+        else:
+            shapes[f"{attention}.q_a_proj.weight"] = (c.q_lora_rank, d)
+            shapes[f"{attention}.q_a_layernorm.weight"] = (c.q_lora_rank,)
+            shapes[f"{attention}.q_b_proj.weight"] = (c.num_heads * c.qk_head_dim, c.q_lora_rank)
+        shapes[f"{attention}.kv_a_proj_with_mqa.weight"] = (c.latent_dim, d)
+        shapes[f"{attention}.kv_a_layernorm.weight"] = (c.kv_lora_rank,)
+        shapes[f"{attention}.kv_b_proj.weight"] = (
+            c.num_heads * (c.qk_nope_head_dim + c.v_head_dim),
+            c.kv_lora_rank,
+        )
+        shapes[f"{attention}.o_proj.weight"] = (d, c.num_heads * c.v_head_dim)
+        if kind == "dense":
+            mlp(f"{layer}.mlp", c.intermediate_size)
+            continue
+        shapes[f"{layer}.mlp.gate.weight"] = (c.num_experts, d)
+        if c.router_bias:
+            shapes[f"{layer}.mlp.gate.e_score_correction_bias"] = (c.num_experts,)
+        if c.num_shared_experts:
+            mlp(f"{layer}.mlp.shared_experts", c.shared_intermediate_size)
+        for e in range(c.num_experts):
+            mlp(f"{layer}.mlp.experts.{e}", c.moe_intermediate_size)
+    return shapes
+
+
+def parameter_views(
+    config: ModelConfig, tensor: Callable[[str], np.ndarray]
+) -> dict[str, list[View]]:
+    """For each parameter path of `Transformer`, its views: one per layer of a stacked parameter.
+
+    Unstacked parameters (embedding, final norm, LM head) have a list of one view and no layer axis;
+    their paths do not start with "segments".
+
+    Args:
+        tensor: gives the array of a checkpoint tensor's name, in the checkpoint's layout.
+    """
+    views: dict[str, list[View]] = {
+        "embedding.weight": [tensor("model.embed_tokens.weight")],
+        "norm": [tensor("model.norm.weight")],
+    }
+    if not config.tie_word_embeddings:
+        views["lm_head.weight"] = [tensor("lm_head.weight").T]
+    i = 0
+    for s, (kind, num_layers) in enumerate(config.segments):
+        for _ in range(num_layers):
+            for path, view in _layer_views(config, f"model.layers.{i}", kind, tensor).items():
+                views.setdefault(f"segments.{s}.{path}", []).append(view)
+            i += 1
+    return views
+
+
+def _mlp_views(prefix: str, tensor: Callable[[str], np.ndarray]) -> tuple[View, View]:
+    """gate_up [D, 2, F] and down [F, D] of one MLP."""
+    gate, up = (tensor(f"{prefix}.{n}_proj.weight").T for n in ("gate", "up"))
+    return Stack([gate, up], axis=1), tensor(f"{prefix}.down_proj.weight").T
+
+
+def _layer_views(
+    config: ModelConfig, layer: str, kind: str, tensor: Callable[[str], np.ndarray]
+) -> dict[str, View]:
+    """The views of one layer's parameters, by path inside the segment."""
+    c, attention = config, f"{layer}.self_attn"
+    views: dict[str, View] = {
+        "layers.attention_norm": tensor(f"{layer}.input_layernorm.weight"),
+        "layers.mlp_norm": tensor(f"{layer}.post_attention_layernorm.weight"),
+        "layers.attention.kv_a": tensor(f"{attention}.kv_a_proj_with_mqa.weight").T,
+        "layers.attention.kv_a_norm": tensor(f"{attention}.kv_a_layernorm.weight"),
+    }
+    by_head = (c.num_heads, c.qk_head_dim, -1)
+    if c.q_lora_rank is None:
+        q = tensor(f"{attention}.q_proj.weight").reshape(by_head)
+        views["layers.attention.q_proj"] = q.transpose(2, 0, 1)
+    else:
+        views["layers.attention.q_a"] = tensor(f"{attention}.q_a_proj.weight").T
+        views["layers.attention.q_a_norm"] = tensor(f"{attention}.q_a_layernorm.weight")
+        q = tensor(f"{attention}.q_b_proj.weight").reshape(by_head)
+        views["layers.attention.q_b"] = q.transpose(2, 0, 1)
+    kv_b = tensor(f"{attention}.kv_b_proj.weight").reshape(c.num_heads, -1, c.kv_lora_rank)
+    views["layers.attention.w_uk"] = kv_b[:, : c.qk_nope_head_dim]
+    views["layers.attention.w_uv"] = kv_b[:, c.qk_nope_head_dim :].transpose(0, 2, 1)
+    out = tensor(f"{attention}.o_proj.weight").reshape(-1, c.num_heads, c.v_head_dim)
+    views["layers.attention.out"] = out.transpose(1, 2, 0)
+    if kind == "dense":
+        views["layers.mlp.gate_up"], views["layers.mlp.down"] = _mlp_views(f"{layer}.mlp", tensor)
+        return views
+    views["layers.moe.router.weight"] = tensor(f"{layer}.mlp.gate.weight").T
+    if c.router_bias:
+        views["layers.moe.router.bias"] = tensor(f"{layer}.mlp.gate.e_score_correction_bias")
+    if c.num_shared_experts:
+        gate_up, down = _mlp_views(f"{layer}.mlp.shared_experts", tensor)
+        views["layers.moe.shared.gate_up"], views["layers.moe.shared.down"] = gate_up, down
+    pairs = [_mlp_views(f"{layer}.mlp.experts.{e}", tensor) for e in range(c.num_experts)]
+    views["experts.w1"] = Stack([gate_up for gate_up, _ in pairs], axis=0)
+    views["experts.w2"] = Stack([down for _, down in pairs], axis=0)
+    return views
+
+
+def parameter_path(path: Sequence[str | int]) -> str:
+    """The dotted name of a parameter in a flat `nnx.State`."""
+    return ".".join(map(str, path))
+
+
+def export_tensors(model: Transformer) -> dict[str, np.ndarray]:
+    """The model's weights with Hugging Face names, shapes and dtypes, ready for safetensors."""
+    state = {
+        parameter_path(path): np.asarray(variable[...])
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    dtype = state["embedding.weight"].dtype
+    tensors = {
+        name: np.zeros(shape, np.float32 if name.endswith("correction_bias") else dtype)
+        for name, shape in hf_shapes(model.config).items()
+    }
+    for path, views in parameter_views(model.config, tensors.__getitem__).items():
+        values = state[path] if path.startswith("segments") else [state[path]]
+        for view, value in zip(views, values, strict=True):
+            view[(slice(None),) * value.ndim] = value
+    return tensors
+
+
+class SafetensorsFolder:
+    """The tensors of a checkpoint folder (one file, or shards with an index), memory-mapped."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open every file and read the headers.
+
+        Raises:
+            CheckpointError: no files, a file missing from the index's set, or a broken file.
+        """
+        folder = Path(folder)
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError):
+                raise CheckpointError(f"{index} is not a safetensors index.") from None
+            missing = [name for name in names if not (folder / name).exists()]
+            if missing:
+                raise CheckpointError(f"{folder} lacks {', '.join(missing)}, named in its index.")
+            files = [folder / name for name in names]
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"There are no *.safetensors files in {folder}.")
+        self.tensors: dict[str, np.ndarray] = {}
+        for file in files:
+            self.tensors.update(_map_file(file))
+
+    def check(self, config: ModelConfig) -> None:
+        """Compare names and shapes with what the model needs.
+
+        Tolerated surplus: layers past the last one (multi-token prediction), rotary buffers, and a
+        tied LM head.
+
+        Raises:
+            CheckpointError: names everything missing, surplus or misshapen (the first of many).
+        """
+        wanted = hf_shapes(config)
+        problems = [
+            ("missing", [name for name in wanted if name not in self.tensors]),
+            (
+                "not part of the model",
+                [n for n in self.tensors if n not in wanted and not _tolerated(n, config)],
+            ),
+            (
+                "of a wrong shape",
+                [
+                    f"{name} {list(self.tensors[name].shape)} instead of {list(shape)}"
+                    for name, shape in wanted.items()
+                    if name in self.tensors and self.tensors[name].shape != shape
+                ],
+            ),
+        ]
+        texts = []
+        for what, names in problems:
+            if names:
+                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                texts.append(f"{len(names)} tensors are {what}: {shown}")
+        if texts:
+            raise CheckpointError(f"The checkpoint does not fit config.json: {'; '.join(texts)}.")
+
+
+def _tolerated(name: str, config: ModelConfig) -> bool:
+    """Surplus tensors that published checkpoints have and that nothing needs."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and parts[2].isdigit():
+        return int(parts[2]) >= config.num_layers or name.endswith("rotary_emb.inv_freq")
+    return name == "lm_head.weight"
+
+
+def _map_file(file: Path) -> Mapping[str, np.ndarray]:
+    """Memory-map one safetensors file (8 bytes header length, JSON header, data)."""
+    size = file.stat().st_size
+    broken = CheckpointError(f"{file} is not a complete safetensors file.")
+    with file.open("rb") as f:
+        head = f.read(8)
+        if len(head) < 8:
+            raise broken
+        (length,) = struct.unpack("<Q", head)
+        if 8 + length > size:
+            raise broken
+        try:
+            header: dict[str, dict] = json.loads(f.read(length))
+        except ValueError:
+            raise broken from None
+    header.pop("__metadata__", None)
+    data = np.memmap(file, np.uint8, "r", offset=8 + length) if header else np.empty(0, np.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"Tensor {name} in {file} has dtype {entry['dtype']}; supported are "
+                f"{', '.join(DTYPES)}."
+            )
+        begin, end = entry["data_offsets"]
+        if end > data.size:
+            raise broken
+        tensors[name] = data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors

@@ -1,0 +1,102 @@
+"""Small parts: parameters with logical axes, RMSNorm, SwiGLU, embedding and LM head.
+
+A parameter names its dimensions in `axes` metadata ("heads", "vocab", "mlp", "experts",
+"expert_mlp", or None for a dimension that is never cut); `sharding` turns the names into specs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.comm import Comm
+
+Axis = Literal["heads", "vocab", "mlp", "experts", "expert_mlp"] | None
+INIT_STD = 0.02
+"""Standard deviation of freshly drawn matrices: small enough that random routers route evenly."""
+
+
+class ParamFactory:
+    """Draws the parameters of a module tree; `lead` (stacked layers) precedes every shape."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype, lead: tuple[int, ...] = ()) -> None:
+        self.rngs, self.dtype, self.lead = rngs, dtype, lead
+
+    def stacked(self, num_layers: int) -> ParamFactory:
+        """The same factory for parameters with a leading layer dimension."""
+        return ParamFactory(self.rngs, self.dtype, (num_layers,))
+
+    def _param(self, value: jax.Array, axes: tuple[Axis, ...]) -> nnx.Param:
+        return nnx.Param(value, axes=(None,) * len(self.lead) + axes)
+
+    def normal(
+        self, shape: tuple[int, ...], axes: tuple[Axis, ...], dtype: jnp.dtype | None = None
+    ) -> nnx.Param:
+        """N(0, INIT_STD)."""
+        value = INIT_STD * jax.random.normal(
+            self.rngs.params(), self.lead + shape, dtype or self.dtype
+        )
+        return self._param(value, axes)
+
+    def ones(self, size: int) -> nnx.Param:
+        """Norm weights."""
+        return self._param(jnp.ones((*self.lead, size), self.dtype), (None,))
+
+    def zeros_f32(self, size: int) -> nnx.Param:
+        """A float32 vector, whatever the model's dtype (the router's correction bias)."""
+        return self._param(jnp.zeros((*self.lead, size), jnp.float32), (None,))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last dimension, computed in float32 (arXiv:1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up share one matrix."""
+
+    def __init__(self, make: ParamFactory, width: int, intermediate: int) -> None:
+        self.gate_up = make.normal((width, 2, intermediate), (None, None, "mlp"))
+        self.down = make.normal((intermediate, width), ("mlp", None))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D], a partial sum where the width is cut over devices."""
+        gate, up = jnp.moveaxis(jnp.einsum("td,dgf->tgf", x, self.gate_up[...]), 1, 0)
+        return (jax.nn.silu(gate) * up) @ self.down[...]
+
+
+class Embedding(nnx.Module):
+    """Token embedding, its rows (and, tied, the LM head) cut over devices."""
+
+    def __init__(self, make: ParamFactory, vocab: int, width: int) -> None:
+        self.weight = make.normal((vocab, width), ("vocab", None))
+
+    def __call__(self, tokens: jax.Array, comm: Comm) -> jax.Array:
+        """i32 [T] -> [T, D]: each device looks up the rows it has, the sum is complete."""
+        weight = self.weight[...]
+        local = tokens - comm.first_vocab_row(weight.shape[0])
+        here = (local >= 0) & (local < weight.shape[0])
+        rows = weight[jnp.where(here, local, 0)]
+        return comm.sum_heads(jnp.where(here[:, None], rows, 0))
+
+    def logits(self, x: jax.Array, comm: Comm) -> jax.Array:
+        """[B, D] -> f32 [B, padded vocabulary], for a model with tied embeddings."""
+        local = jnp.einsum("bd,vd->bv", x, self.weight[...], preferred_element_type=jnp.float32)
+        return comm.gather_vocab(local)
+
+
+class LMHead(nnx.Module):
+    """The output matrix, its columns cut over devices."""
+
+    def __init__(self, make: ParamFactory, vocab: int, width: int) -> None:
+        self.weight = make.normal((width, vocab), (None, "vocab"))
+
+    def logits(self, x: jax.Array, comm: Comm) -> jax.Array:
+        """[B, D] -> f32 [B, padded vocabulary]."""
+        local = jnp.einsum("bd,dv->bv", x, self.weight[...], preferred_element_type=jnp.float32)
+        return comm.gather_vocab(local)

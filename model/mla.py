@@ -1,0 +1,132 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+Only a latent (C numbers) and one rope key (R numbers), shared by all heads, are cached per token.
+Decode rows use the absorbed form, prompt rows the naive form; both are equal in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.batch import ForwardBatch, Rows
+from model.config import ModelConfig
+from model.layers import ParamFactory, rms_norm
+from model.ops.mla_attention import decode_attention, extend_attention
+from model.rope import apply_rope
+
+LATENT_NORM_EPS = 1e-6
+"""DeepSeek's q_a and kv_a norms use this whatever rms_norm_eps says."""
+
+
+class MLAttention(nnx.Module):
+    """Attention of one layer (or, stacked, of a segment). Heads are cut over devices."""
+
+    def __init__(self, make: ParamFactory, config: ModelConfig, num_heads: int) -> None:
+        c, width = config, config.hidden_size
+        if c.q_lora_rank is None:
+            self.q_proj = make.normal((width, num_heads, c.qk_head_dim), (None, "heads", None))
+        else:
+            self.q_a = make.normal((width, c.q_lora_rank), (None, None))
+            self.q_a_norm = make.ones(c.q_lora_rank)
+            self.q_b = make.normal((c.q_lora_rank, num_heads, c.qk_head_dim), (None, "heads", None))
+        self.kv_a = make.normal((width, c.latent_dim), (None, None))
+        self.kv_a_norm = make.ones(c.kv_lora_rank)
+        self.w_uk = make.normal(
+            (num_heads, c.qk_nope_head_dim, c.kv_lora_rank), ("heads", None, None)
+        )
+        self.w_uv = make.normal((num_heads, c.kv_lora_rank, c.v_head_dim), ("heads", None, None))
+        self.out = make.normal((num_heads, c.v_head_dim, width), ("heads", None, None))
+        self.config = config
+
+    def queries(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[T, D] -> q_nope [T, H, nope] and rotated q_rope [T, H, R] of the local heads."""
+        if self.config.q_lora_rank is None:
+            q = jnp.einsum("td,dhk->thk", x, self.q_proj[...])
+        else:
+            latent = rms_norm(x @ self.q_a[...], self.q_a_norm[...], LATENT_NORM_EPS)
+            q = jnp.einsum("tq,qhk->thk", latent, self.q_b[...])
+        nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+        return nope, apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
+
+    def latents(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """[T, D] -> [T, C + R]: the normalised latent and the rotated rope key, as cached."""
+        latent, rope = jnp.split(x @ self.kv_a[...], [self.config.kv_lora_rank], axis=-1)
+        latent = rms_norm(latent, self.kv_a_norm[...], LATENT_NORM_EPS)
+        rope = apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
+        return jnp.concatenate([latent, rope], axis=-1)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        kv: jax.Array,
+        layer: jax.Array,
+        batch: ForwardBatch,
+        rows: Rows,
+        cos: jax.Array,
+        sin: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Write the rows' latents into the pool, then attend.
+
+        Args:
+            x: [T, D], normalised.
+            kv: [L, N, S, C + R], this slice's pool; layer: i32, this layer's index in it.
+
+        Returns:
+            [T, D], a partial sum over the local heads, and the updated pool.
+        """
+        latents = self.latents(x, cos, sin)
+        kv = kv.at[layer, rows.pages, rows.offsets].set(latents.astype(kv.dtype))
+        q_nope, q_rope = self.queries(x, cos, sin)
+        scale, b = self.config.attention_scale, batch.num_decode_rows
+        parts = []
+        if b:
+            q_latent = jnp.einsum("bhn,hnc->bhc", q_nope[:b], self.w_uk[...])
+            decoded = decode_attention(
+                q_latent,
+                q_rope[:b],
+                kv,
+                layer,
+                batch.decode_tables,
+                batch.decode_positions + 1,
+                scale=scale,
+            )
+            parts.append(jnp.einsum("bhc,hcv->bhv", decoded, self.w_uv[...]))
+        if batch.num_prefill_rows:
+            parts.append(
+                extend_attention(
+                    q_nope[b:],
+                    q_rope[b:],
+                    self.w_uk[...],
+                    self.w_uv[...],
+                    kv,
+                    layer,
+                    batch.chunk_tables,
+                    batch.chunk_first_row,
+                    batch.chunk_rows,
+                    batch.chunk_start,
+                    scale=scale,
+                )
+            )
+        attended = jnp.concatenate(parts)  # [T, H, V]
+        return jnp.einsum("thv,hvd->td", attended, self.out[...]), kv
+
+    def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """The definition, on whole sequences: [batch, T, D] -> [batch, T, D], causal.
+
+        cos and sin are f32 [T, R / 2]. Differentiable; used for training and as a reference.
+        """
+        c = self.config
+        q_nope, q_rope = jax.vmap(self.queries, (0, None, None))(x, cos, sin)
+        latents = jax.vmap(self.latents, (0, None, None))(x, cos, sin)
+        latent, k_rope = jnp.split(latents, [c.kv_lora_rank], axis=-1)
+        k_nope = jnp.einsum("btc,hnc->bthn", latent, self.w_uk[...])
+        value = jnp.einsum("btc,hcv->bthv", latent, self.w_uv[...])
+        scores = jnp.einsum(
+            "bqhn,bkhn->bhqk", q_nope, k_nope, preferred_element_type=jnp.float32
+        ) + jnp.einsum("bqhr,bkr->bhqk", q_rope, k_rope, preferred_element_type=jnp.float32)
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(seen, scores * c.attention_scale, -jnp.inf)
+        p = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        return jnp.einsum("bhqk,bkhv,hvd->bqd", p, value, self.out[...], optimize="optimal")

@@ -1,0 +1,187 @@
+"""The network: segments of equal layers, scanned; embedding before, logits after.
+
+A segment is one module of stacked [L, ...] parameters. `lax.scan` runs it with the KV pool in the
+carry (anything else copies the pool) and the small weights as scanned inputs; expert stacks stay
+whole and are indexed inside (scanning them would copy them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.batch import ForwardBatch, Rows, derive_rows, sampled_rows
+from model.comm import Comm
+from model.config import LayerKind, ModelConfig
+from model.layers import MLP, Embedding, LMHead, ParamFactory, rms_norm
+from model.mla import MLAttention
+from model.moe import Experts, MoE
+from model.rope import rope_tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """The dimensions that are cut over devices, padded to whole shares.
+
+    Padding is zero weights: padded heads and widths add nothing, padded experts are never chosen,
+    padded vocabulary is cut off the logits.
+    """
+
+    heads: int
+    vocab: int
+    intermediate: int
+    shared_intermediate: int
+    experts: int
+    expert_intermediate: int
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, *, attn_tp: int = 1, moe_ep: int = 1, moe_tp: int = 1
+    ) -> Sizes:
+        """Sizes for groups of `attn_tp`, `moe_ep` and `moe_tp` devices."""
+
+        def up(size: int, group: int) -> int:
+            return -(-size // group) * group
+
+        return cls(
+            heads=up(config.num_heads, attn_tp),
+            vocab=up(config.vocab_size, attn_tp),
+            intermediate=up(config.intermediate_size, attn_tp),
+            shared_intermediate=up(config.shared_intermediate_size, attn_tp),
+            experts=up(config.num_experts, moe_ep),
+            expert_intermediate=up(config.moe_intermediate_size, moe_tp),
+        )
+
+
+class DecoderLayer(nnx.Module):
+    """Norm, attention, norm, MLP or MoE; parameters of one layer or stacked ones."""
+
+    def __init__(
+        self, make: ParamFactory, config: ModelConfig, sizes: Sizes, kind: LayerKind
+    ) -> None:
+        self.attention_norm = make.ones(config.hidden_size)
+        self.attention = MLAttention(make, config, sizes.heads)
+        self.mlp_norm = make.ones(config.hidden_size)
+        if kind == "dense":
+            self.mlp = MLP(make, config.hidden_size, sizes.intermediate)
+        else:
+            self.moe = MoE(make, config, sizes.shared_intermediate)
+        self.config, self.kind = config, kind
+
+
+class Segment(nnx.Module):
+    """A run of equal layers."""
+
+    def __init__(
+        self,
+        make: ParamFactory,
+        config: ModelConfig,
+        sizes: Sizes,
+        kind: LayerKind,
+        num_layers: int,
+    ) -> None:
+        make = make.stacked(num_layers)
+        self.layers = DecoderLayer(make, config, sizes, kind)
+        if kind == "moe":
+            self.experts = Experts(
+                make, config.hidden_size, sizes.experts, sizes.expert_intermediate
+            )
+        self.kind, self.num_layers = kind, num_layers
+
+
+class Transformer(nnx.Module):
+    """The whole model; inside `shard_map` its arrays are this device's shards."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        sizes: Sizes | None = None,
+    ) -> None:
+        """Draw N(0, 0.02) weights and unit norms; `sizes` defaults to one device's."""
+        sizes = sizes or Sizes.of(config)
+        make = ParamFactory(rngs, dtype)
+        self.embedding = Embedding(make, sizes.vocab, config.hidden_size)
+        self.segments = nnx.List(
+            Segment(make, config, sizes, kind, num_layers) for kind, num_layers in config.segments
+        )
+        self.norm = make.ones(config.hidden_size)
+        if not config.tie_word_embeddings:
+            self.lm_head = LMHead(make, sizes.vocab, config.hidden_size)
+        self.config = config
+
+    def logits(self, x: jax.Array, comm: Comm) -> jax.Array:
+        """Hidden rows [B, D] -> f32 [B, V]."""
+        x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+        head = self.embedding if self.config.tie_word_embeddings else self.lm_head
+        return head.logits(x, comm)[:, : self.config.vocab_size]
+
+    def __call__(
+        self, kv: jax.Array, batch: ForwardBatch, comm: Comm, logit_rows: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """One step of one dp slice.
+
+        Args:
+            kv: [L, N, S, C + R], the slice's pool.
+            batch: its rows.
+            comm: how this device meets the others.
+            logit_rows: i32 [R], rows whose logits are wanted; default `sampled_rows(batch)`.
+
+        Returns:
+            logits f32 [R, V], the updated pool, and i32 [MoE layers, E]: tokens per expert.
+        """
+        config = self.config
+        rows = derive_rows(batch, kv.shape[2])
+        cos, sin = rope_tables(config, rows.positions)
+        x = self.embedding(rows.tokens, comm)
+        counts, first_layer = [], 0
+        for segment in self.segments:
+            x, kv, segment_counts = _run_segment(
+                segment, first_layer, x, kv, batch, rows, cos, sin, comm
+            )
+            first_layer += segment.num_layers
+            if segment.kind == "moe":
+                counts.append(segment_counts)
+        x = x[sampled_rows(batch) if logit_rows is None else logit_rows]
+        no_experts = jnp.zeros((0, config.num_experts), jnp.int32)
+        return self.logits(x, comm), kv, jnp.concatenate([no_experts, *counts])
+
+
+def _run_segment(
+    segment: Segment,
+    first_layer: int,
+    x: jax.Array,
+    kv: jax.Array,
+    batch: ForwardBatch,
+    rows: Rows,
+    cos: jax.Array,
+    sin: jax.Array,
+    comm: Comm,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scan the layers of a segment; also i32 [layers, E or 0], tokens per expert."""
+    graph, stacked = nnx.split(segment.layers)
+    eps = segment.layers.config.rms_norm_eps
+
+    def one_layer(
+        carry: tuple[jax.Array, jax.Array], scanned: tuple[nnx.State, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        x, kv = carry
+        weights, index = scanned
+        layer: DecoderLayer = nnx.merge(graph, weights)
+        normed = rms_norm(x, layer.attention_norm[...], eps)
+        attended, kv = layer.attention(normed, kv, first_layer + index, batch, rows, cos, sin)
+        x = x + comm.sum_heads(attended)
+        normed = rms_norm(x, layer.mlp_norm[...], eps)
+        if segment.kind == "dense":
+            y, counts = comm.sum_heads(layer.mlp(normed)), jnp.zeros(0, jnp.int32)
+        else:
+            y, counts = layer.moe(normed, rows.valid, segment.experts, index, comm)
+        return (x + y, kv), counts
+
+    indices = jnp.arange(segment.num_layers, dtype=jnp.int32)
+    (x, kv), counts = jax.lax.scan(one_layer, (x, kv), (stacked, indices))
+    return x, kv, counts
