@@ -1,0 +1,1 @@
+"""The mesh and everything that depends on it: roles, specs, collectives, loading into shards."""
