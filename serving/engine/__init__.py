@@ -1,0 +1,1 @@
+"""From plans to tokens: padded batches, compiled programs, and the engine's process."""

@@ -1,0 +1,126 @@
+"""Which sizes programs are compiled for, and which of them a step takes.
+
+Two families: *decode* programs (one row per running request) and *extend* programs (prompt tokens
+behind a full set of decode rows). All slices of a step run the same program, at the fullest
+slice's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.config import ConfigError, ServerConfig
+from serving.scheduler.plan import StepPlan
+
+DEFAULT_DECODE = {"cpu": (1, 8, 32), "accelerator": (1, 8, 32, 64, 128, 256)}
+DEFAULT_EXTEND = {"cpu": (64, 512), "accelerator": (128, 512, 2048, 8192)}
+MAX_CHUNKS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The static sizes of one program, per slice.
+
+    Attributes:
+        decode_rows: B; prefill_rows: M, 0 in a decode program; chunks: C, most prompt chunks.
+    """
+
+    decode_rows: int
+    prefill_rows: int = 0
+    chunks: int = 0
+
+    @property
+    def sampled_rows(self) -> int:
+        return self.decode_rows + self.chunks
+
+    def __str__(self) -> str:
+        if self.prefill_rows:
+            return f"extend {self.prefill_rows}"
+        return f"decode {self.decode_rows}"
+
+
+def _chunks(prefill_rows: int) -> int:
+    """Room for prompts as short as 16 tokens, within reason."""
+    return min(MAX_CHUNKS, max(1, prefill_rows // 16))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buckets:
+    """All programs of an engine, ascending."""
+
+    decode: tuple[int, ...]
+    extend: tuple[int, ...]
+
+    @property
+    def slots(self) -> int:
+        """Most running requests of a slice."""
+        return self.decode[-1]
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Most prompt tokens of a slice in one step."""
+        return self.extend[-1]
+
+    @property
+    def prefill_chunks(self) -> int:
+        """Most prompt chunks of a slice in one step."""
+        return _chunks(self.extend[-1])
+
+    def shapes(self) -> list[Shape]:
+        """Every program's sizes, the largest extend program first."""
+        extend = [self._extend_shape(m) for m in reversed(self.extend)]
+        return extend + [Shape(decode_rows=b) for b in reversed(self.decode)]
+
+    def _extend_shape(self, prefill_rows: int) -> Shape:
+        return Shape(
+            decode_rows=self.slots, prefill_rows=prefill_rows, chunks=_chunks(prefill_rows)
+        )
+
+    def shape_for(self, plan: StepPlan) -> Shape:
+        """The smallest program that holds every slice of the plan.
+
+        Raises:
+            ValueError: the plan is larger than the largest program (a scheduler bug).
+        """
+        if not plan.is_extend:
+            rows = max(len(s.decode) for s in plan.slices)
+            for b in self.decode:
+                if rows <= b:
+                    return Shape(decode_rows=b)
+            raise ValueError(f"{rows} decode rows exceed the largest bucket {self.slots}")
+        tokens = max(sum(len(c.tokens) for c in s.prefill) for s in plan.slices)
+        chunks = max(len(s.prefill) for s in plan.slices)
+        for m in self.extend:
+            if tokens <= m and chunks <= _chunks(m):
+                return self._extend_shape(m)
+        raise ValueError(f"{tokens} prompt tokens in {chunks} chunks exceed {self.extend[-1]}")
+
+
+def make_buckets(
+    config: ServerConfig, *, platform: str, num_slices: int, max_context: int
+) -> Buckets:
+    """Buckets from the flags, else defaults of the device.
+
+    Raises:
+        ConfigError: a limit for all slices is smaller than the number of slices.
+    """
+    kind = "cpu" if platform == "cpu" else "accelerator"
+    decode = config.decode_buckets or DEFAULT_DECODE[kind]
+    extend = config.extend_buckets or DEFAULT_EXTEND[kind]
+    if config.extend_buckets is None:
+        # A prompt longer than the context cannot come; a bucket beyond it fills with many.
+        extend = tuple(m for m in extend if m <= 4 * max_context) or extend[:1]
+    decode = _limit(decode, config.max_running_requests, "--max-running-requests", num_slices)
+    extend = _limit(extend, config.chunked_prefill_size, "--chunked-prefill-size", num_slices)
+    return Buckets(decode=decode, extend=extend)
+
+
+def _limit(sizes: Sequence[int], total: int | None, flag: str, num_slices: int) -> tuple[int, ...]:
+    """Bucket sizes up to a limit given for all slices together; the limit is the last one."""
+    if total is None:
+        return tuple(sorted(sizes))
+    if total < num_slices:
+        raise ConfigError(f"{flag} {total} is less than one for each of {num_slices} dp slices.")
+    share = total // num_slices
+    return (*sorted(size for size in sizes if size < share), share)

@@ -1,0 +1,333 @@
+"""The device side of an engine: weights, KV pool, last tokens, and the compiled programs.
+
+One forward and one sampling program per bucket, all compiled before the engine is ready. Arrays
+that a step changes (pool, last tokens) are donated to it and rebound to its outputs; nobody else
+holds a reference to them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from model.checkpoint import SafetensorsFolder
+from model.config import ModelConfig
+from serving.config import ConfigError, ServerConfig
+from serving.engine.batch_builder import Packing, build_batch
+from serving.engine.buckets import Shape, make_buckets
+from serving.engine.sampler import greedy, sample, top_logprobs
+from serving.scheduler.plan import SampledToken, StepPlan
+from sharding.comm import MeshComm
+from sharding.layout import Layout
+from sharding.loading import draw_weights, load_weights
+from sharding.mesh import by_slice, make_mesh
+from sharding.step import ModelSpec, abstract_array, sharded
+
+log = logging.getLogger("meshserve.engine")
+
+CPU_POOL_BYTES = 256 << 20
+"""KV pool of an emulated device, which has no memory of its own to measure."""
+ACCELERATOR_SLACK_BYTES = 256 << 20
+"""Left free beside weights, programs and pool: batches in flight, fragmentation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """The compiled programs of one shape."""
+
+    packing: Packing
+    forward: Callable[..., Any]
+    greedy: Callable[..., Any]
+    full: Callable[..., Any]
+
+
+class ModelRunner:
+    """Runs step plans on the mesh.
+
+    Attributes:
+        buckets: the program sizes, which bound what a plan may hold.
+        num_pages: pages of each slice's pool, the sink (page 0) included.
+        max_context: most tokens of one sequence.
+    """
+
+    def __init__(self, config: ServerConfig, model: ModelConfig, layout: Layout) -> None:
+        """Load the weights, size the pool, compile everything.
+
+        Raises:
+            CheckpointError, LayoutError, ConfigError: with the sentence for the user.
+        """
+        started = time.perf_counter()
+        self.config, self.model, self.layout = config, model, layout
+        self.mesh = make_mesh(layout)
+        self.platform = self.mesh.devices.flat[0].platform
+        self.dtype = resolve_dtype(config.dtype, self.platform)
+        self.spec = ModelSpec(model, self.dtype, layout)
+        self.page_size = config.page_size
+        self._by_slice = by_slice(self.mesh, layout)
+        self.weights = self._load()
+        self.load_seconds = time.perf_counter() - started
+        log.info("weights on the devices after %.1f s", self.load_seconds)
+
+        context = config.context_length or model.max_position_embeddings
+        if context > model.max_position_embeddings:
+            raise ConfigError(
+                f"--context-length {context} is longer than the model's "
+                f"{model.max_position_embeddings}."
+            )
+        self.buckets = make_buckets(
+            config, platform=self.platform, num_slices=layout.num_slices, max_context=context
+        )
+        self.num_pages = self._size_pool(context)
+        self.max_context = min(context, (self.num_pages - 1) * self.page_size)
+        self.table_width = -(-self.max_context // self.page_size)
+        started = time.perf_counter()
+        self._programs = self._compile_all()
+        self._last_tokens = self._zeros((layout.num_slices, self.buckets.slots + 1), jnp.int32)
+        self._kv = self._zeros(self._pool_shape(self.num_pages), self.dtype)
+        self._warm_up()
+        self.compile_seconds = time.perf_counter() - started
+        log.info("%d programs ready after %.1f s", len(self._programs), self.compile_seconds)
+
+    # ---- running ---------------------------------------------------------------------------
+
+    def run(self, plan: StepPlan) -> list[list[SampledToken | None]]:
+        """Compute a step: per slice, a token for each decode row, then for each prefill chunk
+        (None where the chunk samples nothing)."""
+        shape = self.buckets.shape_for(plan)
+        rows = [[*s.decode, *(c for c in s.prefill if c.samples)] for s in plan.slices]
+        params = [row.sampling for row in itertools.chain.from_iterable(rows)]
+        plain = all(p.greedy and not p.logprobs for p in params)
+        packed = build_batch(plan, self._programs[shape].packing)
+        return _unpack_tokens(plan, self._launch(shape, packed, plain=plain), shape.decode_rows)
+
+    def _launch(self, shape: Shape, packed: np.ndarray, *, plain: bool) -> np.ndarray:
+        """Run the forward and the sampling program; i32 [D, R, columns], see `_pack_tokens`."""
+        program = self._programs[shape]
+        rows = jax.make_array_from_callback(packed.shape, self._by_slice, packed.__getitem__)
+        logits, self._kv = program.forward(self.weights, self._kv, self._last_tokens, rows)
+        sampler = program.greedy if plain else program.full
+        tokens, self._last_tokens = sampler(logits, self._last_tokens, rows)
+        return np.asarray(tokens)
+
+    # ---- setting up ------------------------------------------------------------------------
+
+    def _load(self) -> list[jax.Array]:
+        if self.config.load_format == "dummy":
+            return draw_weights(self.spec, self.mesh, self.config.random_seed or 0)
+        folder = SafetensorsFolder(self.config.model_path)
+        folder.check(self.model)
+        return load_weights(self.spec, self.mesh, folder.tensors.__getitem__)
+
+    def _zeros(self, shape: Sequence[int], dtype: Any) -> jax.Array:
+        zeros = functools.partial(jnp.zeros, tuple(shape), dtype)
+        return jax.jit(zeros, out_shardings=self._by_slice)()
+
+    def _pool_shape(self, num_pages: int) -> tuple[int, ...]:
+        """[D, L, N, S, C + R], cut over slices and copied inside a slice: MLA has one KV head."""
+        return (
+            self.layout.num_slices,
+            self.model.num_layers,
+            num_pages,
+            self.page_size,
+            self.model.latent_dim,
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all layers, on each device of its slice."""
+        return int(np.prod(self._pool_shape(1)[1:])) * self.dtype.itemsize
+
+    def kv_bytes_per_device(self) -> int:
+        """Bytes of the pool that the first device really holds."""
+        return int(self._kv.addressable_shards[0].data.nbytes)
+
+    def _size_pool(self, context: int) -> int:
+        """Pages of each slice's pool: the flag, or what the device's memory allows."""
+        if self.config.max_total_tokens is not None:
+            return -(-self.config.max_total_tokens // self.page_size) + 1
+        budget = CPU_POOL_BYTES if self.platform == "cpu" else self._free_bytes(context)
+        pages = budget // self.page_bytes
+        if pages < 2:
+            raise ConfigError(
+                f"No memory is left for a KV pool: {budget >> 20} MiB a device after weights "
+                f"({self.spec.device_bytes() >> 20} MiB) and programs; raise "
+                "--mem-fraction-static, spread the model over more devices, or lower "
+                "--extend-buckets."
+            )
+        return pages
+
+    def _free_bytes(self, context: int) -> int:
+        """Memory left on the fullest device, the largest programs' temporaries taken off."""
+        shape = self.buckets.shapes()[0]
+        pages = -(-context // self.page_size)
+        lowered = self._lower(shape, num_pages=2, table_width=pages)
+        temp = max(
+            program.compile().memory_analysis().temp_size_in_bytes for program in lowered[1:]
+        )
+        logits = shape.sampled_rows * self.model.vocab_size * 4
+        free = min(
+            int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+            for device in self.mesh.local_devices
+            if (stats := device.memory_stats())
+        )
+        return free - temp - logits - ACCELERATOR_SLACK_BYTES
+
+    def _lower(self, shape: Shape, *, num_pages: int, table_width: int) -> tuple[Any, ...]:
+        """Packing, and the lowered forward, greedy and full programs of a shape."""
+        slices, by_slice = self.layout.num_slices, PartitionSpec(self.layout.attn_dp)
+        slots = self.buckets.slots
+        packing = Packing(shape=shape, table_width=table_width, num_slots=slots)
+
+        def array(sizes: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+            return abstract_array(sizes, dtype, self.mesh, by_slice)
+
+        packed = array((slices, packing.width), jnp.int32)
+        last = array((slices, slots + 1), jnp.int32)
+        logits = array((slices, shape.sampled_rows, self.model.vocab_size), jnp.float32)
+        pool = array(self._pool_shape(num_pages), self.dtype)
+        weights = [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params]
+        forward = sharded(
+            functools.partial(
+                _forward, self.spec, MeshComm(self.layout, self.config.moe_a2a_backend), packing
+            ),
+            self.mesh,
+            (self.spec.specs, by_slice, by_slice, by_slice),
+            (by_slice, by_slice),
+            donate=(1,),
+        )
+        samplers = [
+            sharded(
+                functools.partial(fn, packing),
+                self.mesh,
+                (by_slice, by_slice, by_slice),
+                (by_slice, by_slice),
+                donate=(1,),
+            ).lower(logits, last, packed)
+            for fn in (_sample_greedy, _sample_full)
+        ]
+        return packing, forward.lower(weights, pool, last, packed), *samplers
+
+    def _compile_all(self) -> dict[Shape, Program]:
+        programs = {}
+        for shape in self.buckets.shapes():
+            started = time.perf_counter()
+            packing, *lowered = self._lower(
+                shape, num_pages=self.num_pages, table_width=self.table_width
+            )
+            forward, plain, full = (program.compile() for program in lowered)
+            programs[shape] = Program(packing=packing, forward=forward, greedy=plain, full=full)
+            log.info("compiled %s in %.1f s", shape, time.perf_counter() - started)
+        return programs
+
+    def _warm_up(self) -> None:
+        """Run every program once on padding alone: nothing is left to set up for a request."""
+        for shape, program in self._programs.items():
+            packed = program.packing.empty(self.layout.num_slices)
+            for plain in (True, False):
+                self._launch(shape, packed, plain=plain)
+
+    def memory_analysis(self, shape: Shape) -> Any:
+        """XLA's account of a forward program's memory (temporaries, aliased bytes)."""
+        return self._programs[shape].forward.memory_analysis()
+
+
+def resolve_dtype(name: str, platform: str) -> Any:
+    """--dtype as a NumPy dtype; auto is float32 on CPU (where bfloat16 is slow) else bfloat16."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+# ---- the programs, per device --------------------------------------------------------------
+
+
+def _forward(
+    spec: ModelSpec,
+    comm: MeshComm,
+    packing: Packing,
+    weights: Sequence[jax.Array],
+    kv: jax.Array,
+    last_tokens: jax.Array,
+    packed: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Logits f32 [1, R, V] and the updated pool [1, L, N, S, C + R] of this device's slice."""
+    batch = packing.forward_batch(packed[0], last_tokens[0])
+    logits, pool, _ = spec.merge(weights)(kv[0], batch, comm)
+    return logits[None], pool[None]
+
+
+def _sample_greedy(
+    packing: Packing, logits: jax.Array, last_tokens: jax.Array, packed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Packed tokens i32 [1, R, 2] and the updated last tokens [1, slots + 1]."""
+    _, slots = packing.sampling_batch(packed[0])
+    tokens, logprobs = greedy(logits[0])
+    return _pack_tokens(tokens, logprobs), last_tokens.at[0, slots].set(tokens)
+
+
+def _sample_full(
+    packing: Packing, logits: jax.Array, last_tokens: jax.Array, packed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `_sample_greedy`, with draws and the most likely alternatives, i32 [1, R, 2 + 2n]."""
+    batch, slots = packing.sampling_batch(packed[0])
+    tokens, logprobs = sample(logits[0], batch)
+    packed_tokens = _pack_tokens(tokens, logprobs, *top_logprobs(logits[0]))
+    return packed_tokens, last_tokens.at[0, slots].set(tokens)
+
+
+def _pack_tokens(tokens: jax.Array, logprobs: jax.Array, *top: jax.Array) -> jax.Array:
+    """Columns: token, bits of its log probability, then n ids and n log probabilities' bits."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(x, jnp.int32)
+
+    columns = [tokens[:, None], bits(logprobs)[:, None]]
+    if top:
+        columns += [top[0], bits(top[1])]
+    return jnp.concatenate(columns, axis=-1)[None]
+
+
+def _unpack_tokens(
+    plan: StepPlan, packed: np.ndarray, decode_rows: int
+) -> list[list[SampledToken | None]]:
+    """The host's reading of `_pack_tokens`, row by row of the plan."""
+    token_ids = packed[..., 0].tolist()
+    logprobs = _floats(packed[..., 1])
+    n = (packed.shape[-1] - 2) // 2
+    results: list[list[SampledToken | None]] = []
+    for s, slice_plan in enumerate(plan.slices):
+
+        def token(at: int, wanted: int | None, s: int = s) -> SampledToken:
+            top = None
+            if wanted is not None:
+                ids = packed[s, at, 2 : 2 + min(wanted, n)].tolist()
+                values = _floats(packed[s, at, 2 + n : 2 + n + min(wanted, n)])
+                top = tuple(zip(ids, values, strict=True))
+            return SampledToken(
+                token_id=token_ids[s][at], logprob=logprobs[s][at], top_logprobs=top
+            )
+
+        row: list[SampledToken | None] = [
+            token(i, r.sampling.logprobs) for i, r in enumerate(slice_plan.decode)
+        ]
+        row += [
+            token(decode_rows + i, c.sampling.logprobs) if c.samples else None
+            for i, c in enumerate(slice_plan.prefill)
+        ]
+        results.append(row)
+    return results
+
+
+def _floats(bits: np.ndarray) -> list[Any]:
+    return np.ascontiguousarray(bits).view(np.float32).tolist()
