@@ -1,0 +1,234 @@
+"""POST /v1/chat/completions: a conversation through the model's template, and its next message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.http.errors import ApiError, json_response
+from serving.http.generation import AnswerToken, Call, Job, complete, generation
+from serving.http.protocol import (
+    ChatBody,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    Message,
+    TokenLogprob,
+    TopLogprob,
+    read_body,
+)
+from serving.http.sampling import (
+    check_max_tokens,
+    check_prompt,
+    check_ranges,
+    sampling_params,
+    stop_strings,
+)
+from serving.http.sse import Events, stream, unless_disconnected
+from serving.http.state import WEIGHT_VERSION, ServerState
+from serving.request import MAX_TOP_LOGPROBS
+from serving.tokenizer import ChatTemplateError, Tokenizer
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES_NOT_SERVED_YET = ("tool", "function")
+
+
+async def create_chat_completion(state: ServerState, request: Request) -> Response:
+    """Check the body, generate, answer."""
+    body = await read_body(request, ChatBody)
+    call = to_call(state, body, request.headers.get("x-request-id"))
+    if call.stream:
+        return await stream(request, _chunks(state, call))
+    answer = await unless_disconnected(request.receive, _chat_completion(state, call))
+    return json_response(answer)
+
+
+def to_call(state: ServerState, body: ChatBody, request_id: str | None) -> Call:
+    """The checked form of a body.
+
+    Raises:
+        ApiError: a value is out of range, the template refuses the messages, or conversation and
+            answer do not fit the model.
+    """
+    check_ranges(body)
+    logprobs = _num_logprobs(body)
+    stops = stop_strings(body)
+    try:
+        prompt = state.tokenizer.encode_chat(to_messages(body), body.chat_template_kwargs)
+    except ChatTemplateError as error:
+        raise ApiError(str(error), param="messages") from None
+    context = state.engine.ready.max_context_tokens
+    check_prompt(prompt, vocab_size=state.tokenizer.vocab_size, context=context, param="messages")
+    max_tokens = context - len(prompt)
+    for name in ("max_tokens", "max_completion_tokens"):
+        given: int | None = getattr(body, name)
+        if given is not None and (name != "max_tokens" or body.max_completion_tokens is None):
+            check_max_tokens(given, num_prompt=len(prompt), context=context, param=name)
+            max_tokens = given
+    sampling = sampling_params(
+        body,
+        defaults=state.defaults,
+        tokenizer=state.tokenizer,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        seeds=state.seeds,
+    )
+    return Call(
+        id_prefix="chatcmpl",
+        rid=body.rid,
+        request_id=request_id,
+        model=body.model or state.config.model_name,
+        jobs=(Job(prompt=tuple(prompt), sampling=sampling),),
+        stops=stops,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+    )
+
+
+def to_messages(body: ChatBody) -> list[dict[str, Any]]:
+    """The messages as templates expect them: plain strings for content, developer as system."""
+    if body.messages is None:
+        raise ApiError("messages is missing.", param="messages")
+    if not body.messages:
+        raise ApiError("Messages cannot be empty.", param="messages")
+    return [_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+
+
+def _to_message(message: Message, where: str) -> dict[str, Any]:
+    if message.role not in ROLES:
+        raise ApiError(
+            f"{where}.role must be one of {', '.join(ROLES)}, got '{message.role}'.",
+            param="messages",
+        )
+    if message.role in ROLES_NOT_SERVED_YET:
+        raise ApiError(f"{where}.role '{message.role}' is not supported yet.", param="messages")
+    if message.tool_calls:
+        raise ApiError(f"{where}.tool_calls is not supported yet.", param="messages")
+    content = message.content
+    if isinstance(content, list):
+        for i, part in enumerate(content):
+            if part.type != "text":
+                raise ApiError(
+                    f"{where}.content[{i}]: only parts of type 'text' are supported, got "
+                    f"'{part.type}'.",
+                    param="messages",
+                )
+            if part.text is None:
+                raise ApiError(f"{where}.content[{i}].text is missing.", param="messages")
+        content = " ".join(part.text or "" for part in content)
+    if content is None:
+        if message.role != "assistant":
+            raise ApiError(f"{where}.content is missing.", param="messages")
+        content = ""
+    role = "system" if message.role == "developer" else message.role
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": content, **named}
+
+
+def _num_logprobs(body: ChatBody) -> int | None:
+    """How many alternatives to report for each token, None without logprobs."""
+    top = body.top_logprobs
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise ApiError(
+            f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {top}.", param="top_logprobs"
+        )
+    if top and not body.logprobs:
+        raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    return top or 0 if body.logprobs else None
+
+
+async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:
+    async with generation(state, call) as (answer_id, deltas):
+        answers, num_tokens = await complete(deltas, len(call.jobs))
+    return ChatCompletion(
+        id=answer_id,
+        created=int(state.clock()),
+        model=call.model,
+        choices=[
+            ChatChoice(
+                index=i,
+                message=ChatMessage(content=answer.text),
+                logprobs=_logprobs(state.tokenizer, call, answer.tokens),
+                finish_reason=answer.finish_reason,
+                matched_stop=answer.matched_stop,
+            )
+            for i, answer in enumerate(answers)
+        ],
+        usage=call.usage(num_tokens),
+        metadata={"weight_version": WEIGHT_VERSION},
+    )
+
+
+async def _chunks(state: ServerState, call: Call) -> Events:
+    num_tokens = 0
+    created = int(state.clock())
+    async with generation(state, call) as (answer_id, deltas):
+
+        def chunk(choice: ChatChunkChoice) -> ChatChunk:
+            return ChatChunk(id=answer_id, created=created, model=call.model, choices=[choice])
+
+        begun: set[int] = set()
+        async for delta in deltas:
+            num_tokens += len(delta.tokens)
+            if delta.index not in begun:
+                begun.add(delta.index)
+                opening = ChatDelta(role="assistant", content="")
+                yield chunk(ChatChunkChoice(index=delta.index, delta=opening))
+            logprobs = _logprobs(state.tokenizer, call, delta.tokens)
+            if delta.text:
+                text = ChatDelta(content=delta.text)
+                yield chunk(ChatChunkChoice(index=delta.index, delta=text, logprobs=logprobs))
+            if delta.finish_reason is not None:
+                yield chunk(
+                    ChatChunkChoice(
+                        index=delta.index,
+                        delta=ChatDelta(),
+                        logprobs=None if delta.text else logprobs,
+                        finish_reason=delta.finish_reason,
+                        matched_stop=delta.matched_stop,
+                    )
+                )
+    if call.include_usage:
+        yield ChatChunk(
+            id=answer_id,
+            created=created,
+            model=call.model,
+            choices=[],
+            usage=call.usage(num_tokens),
+        )
+
+
+def _logprobs(
+    tokenizer: Tokenizer, call: Call, tokens: Sequence[AnswerToken]
+) -> ChatLogprobs | None:
+    if call.jobs[0].sampling.logprobs is None:
+        return None
+    content = []
+    for token in tokens:
+        event = token.event
+        if event.token_id is None or event.logprob is None:
+            continue
+        token_bytes = tokenizer.token_bytes(event.token_id)
+        content.append(
+            TokenLogprob(
+                token=token_bytes.decode(errors="replace"),
+                bytes=list(token_bytes),
+                logprob=event.logprob,
+                top_logprobs=[
+                    TopLogprob(
+                        token=tokenizer.token_bytes(i).decode(errors="replace"),
+                        bytes=list(tokenizer.token_bytes(i)),
+                        logprob=logprob,
+                    )
+                    for i, logprob in event.top_logprobs or ()
+                ],
+            )
+        )
+    return ChatLogprobs(content=content)

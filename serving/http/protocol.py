@@ -1,0 +1,306 @@
+"""The bodies of the OpenAI routes as typed structs: what clients send, what they get.
+
+A field is in one of three states: honoured (declared without further mention), known but not
+served yet (declared, and listed in `NOT_SERVED_YET` with the values that change nothing), or
+unknown (ignored). Ranges are checked in `sampling`; here only types are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+
+from serving.http.errors import ApiError, ErrorBody
+
+Body = TypeVar("Body", bound="GenerationBody")
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """What /v1/completions and /v1/chat/completions have in common. null means the default."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    rid: str | None = None
+    user: str | None = None
+
+    n: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    stop_regex: str | list[str] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: Any = None
+    response_format: Any = None
+    lora_path: Any = None
+    session_params: Any = None
+    custom_logit_processor: Any = None
+    extra_key: Any = None
+    cache_salt: Any = None
+    priority: int | None = None
+    routed_dp_rank: int | None = None
+    data_parallel_rank: int | None = None
+    disagg_prefill_dp_rank: int | None = None
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    return_hidden_states: bool | None = None
+    return_routed_experts: bool | None = None
+    return_token_ids: bool | None = None
+    return_cached_tokens_details: bool | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]] | None = None
+    logprobs: int | None = None
+
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class ContentPart(msgspec.Struct, kw_only=True):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, kw_only=True):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    reasoning_effort: str | None = None
+    continue_final_message: bool | None = None
+    input_ids: Any = None
+
+
+NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "skip_special_tokens": (True,),
+    "no_stop_trim": (False,),
+    "stop_regex": ([],),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
+    "response_format": ({"type": "text"},),
+    "lora_path": (),
+    "session_params": (),
+    "custom_logit_processor": (),
+    "extra_key": (),
+    "cache_salt": (),
+    "priority": (0,),
+    "routed_dp_rank": (),
+    "data_parallel_rank": (),
+    "disagg_prefill_dp_rank": (),
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "return_token_ids": (False,),
+    "return_cached_tokens_details": (False,),
+    "tools": ([],),
+    "tool_choice": ("auto", "none"),
+    "reasoning_effort": (),
+    "continue_final_message": (False,),
+    "input_ids": (),
+}
+"""Known fields that are refused, each with the values (besides null) that are accepted."""
+
+
+def refuse_not_served(body: GenerationBody) -> None:
+    """Raises ApiError naming the first field that asks for what is not served yet."""
+    for name, neutral in NOT_SERVED_YET.items():
+        value = getattr(body, name, None)
+        if value is not None and value not in neutral:
+            hint = f" or set it to {msgspec.json.encode(neutral[0]).decode()}" if neutral else ""
+            raise ApiError(f"{name} is not supported yet: leave it out{hint}.", param=name)
+    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
+        raise ApiError(
+            "stream_options.continuous_usage_stats is not supported yet: leave it out or set it "
+            "to false.",
+            param="stream_options",
+        )
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """The typed body of a request.
+
+    Raises:
+        ApiError: it is not JSON, or a field has the wrong type, or is known but not served.
+    """
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(
+            "Unsupported Media Type: Only 'application/json' is allowed", kind="Bad Request"
+        )
+    content = await request.body()
+    try:
+        body = msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").removeprefix(".").removeprefix("[...]")
+        name = field.split(".")[0].split("[")[0]
+        message = f"{field or 'The body'}: {reason[:1].lower()}{reason[1:]}."
+        raise ApiError(message, param=name or None, kind="Bad Request") from None
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"The body is not valid JSON: {error}.", kind="Bad Request") from None
+    refuse_not_served(body)
+    return body
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: None = None
+
+
+class CompletionLogprobs(msgspec.Struct, kw_only=True):
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None] | None
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    matched_stop: str | int | None = None
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """The answer of /v1/completions, and each chunk of it in a stream."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    metadata: dict[str, str] | UnsetType = UNSET
+
+
+class TopLogprob(msgspec.Struct, kw_only=True):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, kw_only=True):
+    token: str
+    bytes: list[int]
+    logprob: float
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, kw_only=True):
+    content: list[TokenLogprob]
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    role: str = "assistant"
+    content: str
+    reasoning_content: str | None = None
+    tool_calls: None = None
+
+
+class ChatChoice(msgspec.Struct, kw_only=True):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    matched_stop: str | int | None = None
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    metadata: dict[str, str]
+
+
+class ChatDelta(msgspec.Struct, kw_only=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    matched_stop: str | int | None = None
+
+
+class ChatChunk(msgspec.Struct, kw_only=True):
+    """One event of a chat stream."""
+
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class ErrorEvent(msgspec.Struct, kw_only=True):
+    """The last event but one of a stream that failed after it began."""
+
+    error: ErrorBody

@@ -1,0 +1,182 @@
+"""From a request's fields to `SamplingParams` and stop strings: defaults, ranges, limits.
+
+Everything is checked here, in the front, so that the engine never sees a request it cannot serve.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.http.errors import ApiError
+from serving.http.protocol import GenerationBody
+from serving.request import SamplingParams
+from serving.tokenizer import Tokenizer, TokenizerError, read_json
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 64
+SEED_BITS = 31
+"""Seeds travel as non-negative 32-bit integers, signed or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What the model's makers recommend where they say so, else the API's defaults."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+
+    @classmethod
+    def from_folder(cls, model_path: str | Path) -> SamplingDefaults:
+        """Read generation_config.json. `do_sample: false` alone does not make greedy the default.
+
+        Raises:
+            TokenizerError: the file is broken, or a value is out of range.
+        """
+        path = Path(model_path) / "generation_config.json"
+        config = read_json(path)
+        given = {
+            name: config[name]
+            for name in ("temperature", "top_p", "top_k")
+            if config.get(name) is not None
+        }
+        if not all(isinstance(value, int | float) for value in given.values()):
+            raise TokenizerError(f"{path}: temperature, top_p and top_k must be numbers.")
+        if given.get("top_k") == 0:  # Hugging Face's spelling of "all"
+            given["top_k"] = -1
+        defaults = cls(**given)
+        try:
+            check_ranges(GenerationBody(**given))
+        except ApiError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+        return defaults
+
+
+def check_ranges(body: GenerationBody) -> None:
+    """Raises ApiError naming the first number that is out of its range."""
+    temperature, top_p, top_k, min_p = body.temperature, body.top_p, body.top_k, body.min_p
+    if temperature is not None and not (temperature >= 0 and math.isfinite(temperature)):
+        raise _out_of_range("temperature", "a non-negative finite number", temperature)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise _out_of_range("top_p", "in (0, 1]", top_p)
+    if top_k is not None and top_k != -1 and top_k < 1:
+        raise _out_of_range("top_k", "-1 (disable) or at least 1", top_k)
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise _out_of_range("min_p", "in [0, 1]", min_p)
+    for name in ("frequency_penalty", "presence_penalty"):
+        penalty = getattr(body, name)
+        if penalty is not None and not -2 <= penalty <= 2:
+            raise _out_of_range(name, "in [-2, 2]", penalty)
+    if body.repetition_penalty is not None and not 0 < body.repetition_penalty <= 2:
+        raise _out_of_range(
+            "repetition_penalty", "in (0, 2] (1.0 = no penalty)", body.repetition_penalty
+        )
+
+
+def sampling_params(
+    body: GenerationBody,
+    *,
+    defaults: SamplingDefaults,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    logprobs: int | None,
+    seeds: random.Random,
+) -> SamplingParams:
+    """The sampling parameters of one request; the ranges have been checked.
+
+    Raises:
+        ApiError: a stop token id is not in the vocabulary.
+    """
+    stop_ids = body.stop_token_ids or []
+    if len(stop_ids) > MAX_STOP_TOKEN_IDS:
+        raise ApiError(
+            f"stop_token_ids may hold {MAX_STOP_TOKEN_IDS} ids, got {len(stop_ids)}.",
+            param="stop_token_ids",
+        )
+    for stop_id in stop_ids:
+        if not 0 <= stop_id < tokenizer.vocab_size:
+            raise _out_of_range("stop_token_ids", f"in [0, {tokenizer.vocab_size - 1}]", stop_id)
+    eos_ids = () if body.ignore_eos else tokenizer.eos_token_ids
+    top_k = defaults.top_k if body.top_k is None else body.top_k
+    seed = seeds.getrandbits(SEED_BITS) if body.seed is None else body.seed % (1 << SEED_BITS)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
+        top_k=-1 if top_k >= tokenizer.vocab_size else top_k,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        seed=seed,
+        stop_token_ids=tuple(sorted({*eos_ids, *stop_ids})),
+        logprobs=logprobs,
+    )
+
+
+def stop_strings(body: GenerationBody) -> tuple[str, ...]:
+    """The request's stop strings.
+
+    Raises:
+        ApiError: too many, too long, or an empty one.
+    """
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ApiError(f"stop may hold {MAX_STOP_STRINGS} strings, got {len(stops)}.", param="stop")
+    for stop in stops:
+        if not 0 < len(stop) <= MAX_STOP_LENGTH:
+            raise ApiError(
+                f"stop strings must have 1 to {MAX_STOP_LENGTH} characters, got one of "
+                f"{len(stop)}.",
+                param="stop",
+            )
+    return tuple(stops)
+
+
+def check_prompt(prompt: Sequence[int], *, vocab_size: int, context: int, param: str) -> None:
+    """Raises ApiError if the prompt is empty, names unknown tokens or leaves no room to answer."""
+    if not prompt:
+        raise ApiError("Prompt cannot be empty", param=param)
+    if min(prompt) < 0:
+        raise ApiError(
+            f"{param}: token ids must be at least 0, got {min(prompt)}.",
+            param=param,
+        )
+    if max(prompt) >= vocab_size:
+        raise ApiError(
+            f"The input_ids {[max(prompt)]} contains values greater than the vocab size "
+            f"({vocab_size}).",
+            param=param,
+        )
+    if len(prompt) >= context:
+        raise ApiError(
+            f"The input ({len(prompt)} tokens) is longer than the model's context length "
+            f"({context} tokens).",
+            param=param,
+        )
+
+
+def check_max_tokens(max_tokens: int, *, num_prompt: int, context: int, param: str) -> None:
+    """Raises ApiError unless prompt and answer fit into the context."""
+    if max_tokens < 1:
+        raise ApiError(f"{param} must be positive, got {max_tokens}.", param=param)
+    if max_tokens > context and param == "max_completion_tokens":
+        raise ApiError(
+            f"max_completion_tokens is too large: {max_tokens}."
+            f"This model supports at most {context} completion tokens.",
+            param=param,
+        )
+    if num_prompt + max_tokens > context:
+        raise ApiError(
+            f"Requested token count exceeds the model's maximum context length of {context} "
+            f"tokens. You requested a total of {num_prompt + max_tokens} tokens: {num_prompt} "
+            f"tokens from the input messages and {max_tokens} tokens for the completion. Please "
+            "reduce the number of tokens in the input messages or the completion to fit within "
+            "the limit.",
+            param=param,
+        )
+
+
+def _out_of_range(name: str, wanted: str, got: object) -> ApiError:
+    return ApiError(f"{name} must be {wanted}, got {got}.", param=name)

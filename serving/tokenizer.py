@@ -1,0 +1,380 @@
+"""Text to token ids and back: tokenizer files, chat template, incremental decoding, stop strings.
+
+A `Tokenizer` is read once from a model folder and then never changes; `Detokenizer` and
+`StopMatcher` hold the state of one answer. Text that they hand out is final: pieces joined are the
+text decoded at once, and a stop string is cut wherever the borders between pieces fall.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+
+
+class TokenizerError(ValueError):
+    """The tokenizer's files are missing or broken; the message is one sentence."""
+
+
+class ChatTemplateError(ValueError):
+    """The chat template refuses these messages, or there is no template; one sentence."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no such file.
+
+    Raises:
+        TokenizerError: the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} must hold a JSON object.")
+    return content
+
+
+class Tokenizer:
+    """The tokenizer, special tokens and chat template of one model.
+
+    Attributes:
+        vocab_size: ids below it exist in the model (its padded vocabulary, if config.json says).
+        bos_token_id: begin-of-sequence id, None where the model has none.
+        eos_token_ids: ids that end an answer, ascending.
+        has_chat_template: whether `encode_chat` can work.
+    """
+
+    def __init__(
+        self,
+        *,
+        fast: FastTokenizer,
+        config: Mapping[str, Any],
+        chat_template: str | None,
+        eos_token_ids: Sequence[int],
+        vocab_size: int | None,
+    ) -> None:
+        fast.no_truncation()
+        fast.no_padding()
+        self._fast = fast
+        self._special_tokens = _special_tokens(config)
+        self._template = None if chat_template is None else _compile_template(chat_template)
+        self._add_bos: bool | None = config.get("add_bos_token")
+        self._special_ids = frozenset(
+            i for i, token in fast.get_added_tokens_decoder().items() if token.special
+        )
+        self._byte_level = isinstance(fast.decoder, decoders.ByteLevel)
+        self._bytes: dict[int, bytes] = {}
+        self.vocab_size = vocab_size or fast.get_vocab_size()
+        self.bos_token_id = self._token_id("bos_token")
+        eos = self._token_id("eos_token")
+        self.eos_token_ids = tuple(sorted({*eos_token_ids, *(() if eos is None else (eos,))}))
+
+    @classmethod
+    def from_folder(
+        cls,
+        model_path: str | Path,
+        *,
+        tokenizer_path: str | Path | None = None,
+        chat_template: str | Path | None = None,
+    ) -> Tokenizer:
+        """Read a tokenizer.
+
+        Args:
+            model_path: folder with config.json and generation_config.json.
+            tokenizer_path: folder with tokenizer.json, if not the model's.
+            chat_template: file with a Jinja template, instead of the model's.
+
+        Raises:
+            TokenizerError: a file is missing or broken.
+        """
+        model_folder = Path(model_path)
+        folder = Path(tokenizer_path or model_path)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(f"{folder} has no tokenizer.json.")
+        try:
+            fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{path} cannot be read: {error}.") from None
+        config = read_json(folder / "tokenizer_config.json")
+        model_config = read_json(model_folder / "config.json")
+        eos_ids: set[int] = set()
+        for source in (model_config, read_json(model_folder / "generation_config.json")):
+            eos = source.get("eos_token_id")
+            eos_ids.update(eos if isinstance(eos, list) else () if eos is None else (eos,))
+        if not all(isinstance(i, int) for i in eos_ids):
+            raise TokenizerError(f"eos_token_id in {model_folder} must be an integer or a list.")
+        return cls(
+            fast=fast,
+            config=config,
+            chat_template=_read_template(folder, config, chat_template),
+            eos_token_ids=sorted(eos_ids),
+            vocab_size=model_config.get("vocab_size"),
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text prompt, with the BOS that `add_bos_token` asks for, never two.
+
+        Without the flag the tokenizer's own post-processor decides.
+        """
+        ids: list[int] = self._fast.encode(text, add_special_tokens=self._add_bos is not False).ids
+        if self._add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """The prompt text of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses these messages.
+        """
+        if self._template is None:
+            raise ChatTemplateError(
+                "This model has no chat template: use /v1/completions, or start the server with "
+                "--chat-template."
+            )
+        context: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+        context |= {**self._special_tokens, **(variables or {}), "messages": messages}
+        try:
+            return self._template.render(context)
+        except Exception as error:  # a template can fail in any way on messages it did not expect
+            raise ChatTemplateError(f"The chat template refuses these messages: {error}.") from None
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation; the template writes the special tokens itself.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses these messages.
+        """
+        text = self.render_chat(messages, variables)
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids at once, special tokens skipped."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for (half a character, perhaps); special tokens included."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._compute_bytes(token_id)
+        return known
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token never appears in an answer's text."""
+        return token_id in self._special_ids
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental decoder for one answer."""
+        return _ByteLevelDetokenizer(self) if self._byte_level else _WindowDetokenizer(self)
+
+    def _token_id(self, name: str) -> int | None:
+        token = self._special_tokens.get(name)
+        found: int | None = None if token is None else self._fast.token_to_id(token)
+        return found
+
+    def _compute_bytes(self, token_id: int) -> bytes:
+        token = self._fast.id_to_token(token_id)
+        if token is None:  # the model's vocabulary is padded beyond the tokenizer's
+            return b""
+        if self._byte_level:
+            try:
+                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            except KeyError:  # an added token is written as it is
+                return bytes(token.encode())
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return bytes(self._fast.decode([token_id], skip_special_tokens=False).encode())
+
+
+class Detokenizer(Protocol):
+    """Decodes one answer token by token."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is final now and was not before; often "" inside a character."""
+
+    def flush(self) -> str:
+        """What was held back, after the last token."""
+
+
+class _ByteLevelDetokenizer:
+    """For byte-level vocabularies: a token is bytes whatever stands around it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        if self._tokenizer.is_special(token_id):
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowDetokenizer:
+    """For every other vocabulary: decodes a window of tokens and hands out what it added.
+
+    The window begins with the tokens of the text handed out last, because a token's text (its
+    leading space above all) depends on whether something stands before it. One exception to
+    "pieces joined are the whole": byte-fallback decoders take back good characters when invalid
+    bytes follow them directly; here they stay.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._num_done = 0
+        self._done = ""
+
+    def push(self, token_id: int) -> str:
+        if self._tokenizer.is_special(token_id):
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        if len(text) <= len(self._done) or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new = text[len(self._done) :]
+        self._window = self._window[self._num_done :]
+        self._num_done = len(self._window)
+        self._done = self._tokenizer.decode(self._window)
+        return new
+
+    def flush(self) -> str:
+        new = self._tokenizer.decode(self._window)[len(self._done) :]
+        self._num_done = len(self._window)
+        self._done += new
+        return new
+
+
+class StopMatcher:
+    """Finds stop strings in a text that arrives in pieces, and cuts it at the first.
+
+    First is the one whose last character comes first (of several, the longest): the only rule
+    whose outcome does not depend on where the text was cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text that no stop string can begin in, and the stop string found, if any."""
+        if not self._stops:
+            return text, None
+        self._held += text
+        found = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
+        if found:
+            _, start, stop = min(found)
+            text, self._held = self._held[:start], ""
+            return text, stop
+        keep = max(self._overlap(stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text, None
+
+    def flush(self) -> str:
+        """What was held back, after the last piece."""
+        text, self._held = self._held, ""
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest beginning of `stop` that the held text ends with."""
+        for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
+            if self._held.endswith(stop[:length]):
+                return length
+        return 0
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes, the letters of byte-level vocabularies."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    stand_ins = {chr(256 + offset): byte for offset, byte in enumerate(rest)}
+    return {chr(byte): byte for byte in printable} | stand_ins
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name; they are written as strings or as AddedToken objects."""
+    tokens: dict[str, str] = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token is not None:
+            if not isinstance(token, str):
+                raise TokenizerError(f"{name} in tokenizer_config.json must be a string.")
+            tokens[name] = token
+    return tokens
+
+
+def _read_template(
+    folder: Path, config: Mapping[str, Any], override: str | Path | None
+) -> str | None:
+    """The chat template: the override, else chat_template.jinja, else tokenizer_config.json."""
+    path = folder / "chat_template.jinja" if override is None else Path(override)
+    if override is not None or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"The chat template {path} cannot be read: {error}.") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError("chat_template in tokenizer_config.json must be a string.")
+    return template
+
+
+def _compile_template(source: str) -> jinja2.Template:
+    """A template with what Hugging Face's renderer offers, in a sandbox: the files are foreign."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.now().strftime(pattern)
+
+    def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
+        # jinja2's own filter escapes for HTML; prompts want the characters themselves.
+        return json.dumps(value, **{"ensure_ascii": False, "indent": indent, **options})
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise TokenizerError(f"The chat template is broken: {error}.") from None
