@@ -1,0 +1,16 @@
+"""Eight emulated CPU devices before JAX starts, and a compilation cache that outlives the run."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from serving.config import default_compilation_cache_dir
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", default_compilation_cache_dir() + "-tests")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,122 @@
+"""One compiled program over a mesh that returns the logits of every row: what tests look into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from model.batch import ForwardBatch
+from model.checkpoint import SafetensorsFolder
+from model.config import ModelConfig
+from sharding.comm import MeshComm
+from sharding.layout import make_layout
+from sharding.loading import load_weights
+from sharding.mesh import by_slice, make_mesh
+from sharding.step import ModelSpec, abstract_array, sharded
+
+PAGE_SIZE = 4
+NUM_PAGES = 160
+TABLE_WIDTH = 56
+
+
+@dataclass(kw_only=True)
+class SliceRows:
+    """What one slice computes in a step: decode (token, position, pages), chunks likewise."""
+
+    decode: list[tuple[int, int, Sequence[int]]] = field(default_factory=list)
+    chunks: list[tuple[Sequence[int], int, Sequence[int]]] = field(default_factory=list)
+
+
+class MeshModel:
+    """A checkpoint on a mesh; `step` returns logits of all rows, slice by slice."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: tuple[int, int, int],
+        exchange: str = "none",
+        *,
+        decode_rows: int = 2,
+        prefill_rows: int = 192,
+        chunks: int = 3,
+    ) -> None:
+        self.config = ModelConfig.from_folder(folder)
+        self.layout = make_layout(*layout)
+        self.mesh = make_mesh(self.layout)
+        self.spec = ModelSpec(self.config, jnp.dtype(jnp.float32), self.layout)
+        checkpoint = SafetensorsFolder(folder)
+        checkpoint.check(self.config)
+        self.weights = load_weights(self.spec, self.mesh, checkpoint.tensors.__getitem__)
+        self.sizes = (decode_rows, prefill_rows, chunks)
+        d = self.layout.num_slices
+        pool = (d, self.config.num_layers, NUM_PAGES, PAGE_SIZE, self.config.latent_dim)
+        self.sharding = by_slice(self.mesh, self.layout)
+        self.kv = jax.device_put(jnp.zeros(pool, jnp.float32), self.sharding)
+        comm = MeshComm(self.layout, exchange)
+
+        def forward(weights, kv, batch):
+            one = jax.tree.map(lambda a: a[0], batch)
+            rows = jnp.arange(decode_rows + prefill_rows)
+            logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows)
+            return logits[None], kv[None], counts[None]
+
+        spec = PartitionSpec(self.layout.attn_dp)
+        step = sharded(
+            forward, self.mesh, (self.spec.specs, spec, spec), (spec, spec, spec), donate=(1,)
+        )
+        batch = self._pack([SliceRows() for _ in range(d)])
+        self.program = step.lower(
+            [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params],
+            abstract_array(pool, jnp.float32, self.mesh, spec),
+            jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, self.mesh, spec), batch),
+        ).compile()
+
+    def _pack(self, slices: Sequence[SliceRows]) -> ForwardBatch:
+        b, m, c = self.sizes
+        d = len(slices)
+        batch = ForwardBatch(
+            decode_tokens=np.zeros((d, b), np.int32),
+            decode_positions=np.full((d, b), -1, np.int32),
+            decode_tables=np.zeros((d, b, TABLE_WIDTH), np.int32),
+            prefill_tokens=np.zeros((d, m), np.int32),
+            chunk_first_row=np.full((d, c), m, np.int32),
+            chunk_rows=np.zeros((d, c), np.int32),
+            chunk_start=np.zeros((d, c), np.int32),
+            chunk_tables=np.zeros((d, c, TABLE_WIDTH), np.int32),
+        )
+        for s, rows in enumerate(slices):
+            for i, (token, position, pages) in enumerate(rows.decode):
+                batch.decode_tokens[s, i] = token
+                batch.decode_positions[s, i] = position
+                batch.decode_tables[s, i, : len(pages)] = pages
+            first = 0
+            for i, (tokens, start, pages) in enumerate(rows.chunks):
+                batch.prefill_tokens[s, first : first + len(tokens)] = tokens
+                batch.chunk_first_row[s, i] = first
+                batch.chunk_rows[s, i] = len(tokens)
+                batch.chunk_start[s, i] = start
+                batch.chunk_tables[s, i, : len(pages)] = pages
+                first += len(tokens)
+        return batch
+
+    def step(
+        self, slices: Sequence[SliceRows]
+    ) -> tuple[list[tuple[np.ndarray, list[np.ndarray]]], np.ndarray]:
+        """Per slice (decode logits, logits of each chunk); and expert counts [D, MoE layers, E]."""
+        batch = jax.device_put(self._pack(slices), self.sharding)
+        logits, self.kv, counts = self.program(self.weights, self.kv, batch)
+        logits = np.asarray(logits)
+        results = []
+        for s, rows in enumerate(slices):
+            at, parts = self.sizes[0], []
+            for tokens, _, _ in rows.chunks:
+                parts.append(logits[s, at : at + len(tokens)])
+                at += len(tokens)
+            results.append((logits[s, : len(rows.decode)], parts))
+        return results, np.asarray(counts)
