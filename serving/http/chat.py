@@ -23,6 +23,7 @@ from serving.http.protocol import (
     TokenLogprob,
     TopLogprob,
     read_body,
+    refuse_not_served,
 )
 from serving.http.sampling import (
     check_max_tokens,
@@ -58,6 +59,7 @@ def to_call(state: ServerState, body: ChatBody, request_id: str | None) -> Call:
             answer do not fit the model.
     """
     check_ranges(body)
+    refuse_not_served(body)
     logprobs = _num_logprobs(body)
     stops = stop_strings(body)
     try:

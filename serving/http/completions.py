@@ -15,6 +15,7 @@ from serving.http.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     read_body,
+    refuse_not_served,
 )
 from serving.http.sampling import (
     check_max_tokens,
@@ -48,6 +49,7 @@ def to_call(state: ServerState, body: CompletionBody, request_id: str | None) ->
         ApiError: a value is out of range, or prompt and answer do not fit the model.
     """
     check_ranges(body)
+    refuse_not_served(body)
     context = state.engine.ready.max_context_tokens
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.logprobs is not None and not 0 <= body.logprobs <= MAX_LOGPROBS:

@@ -176,7 +176,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     """The typed body of a request.
 
     Raises:
-        ApiError: it is not JSON, or a field has the wrong type, or is known but not served.
+        ApiError: it is not JSON, or a field has the wrong type.
     """
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
@@ -185,7 +185,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         )
     content = await request.body()
     try:
-        body = msgspec.json.decode(content, type=kind)
+        return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").removeprefix(".").removeprefix("[...]")
@@ -194,8 +194,6 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         raise ApiError(message, param=name or None, kind="Bad Request") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(f"The body is not valid JSON: {error}.", kind="Bad Request") from None
-    refuse_not_served(body)
-    return body
 
 
 class Usage(msgspec.Struct, kw_only=True):

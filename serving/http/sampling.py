@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from serving.http.errors import ApiError
 from serving.http.protocol import GenerationBody
 from serving.request import SamplingParams
@@ -45,16 +47,13 @@ class SamplingDefaults:
             for name in ("temperature", "top_p", "top_k")
             if config.get(name) is not None
         }
-        if not all(isinstance(value, int | float) for value in given.values()):
-            raise TokenizerError(f"{path}: temperature, top_p and top_k must be numbers.")
         if given.get("top_k") == 0:  # Hugging Face's spelling of "all"
             given["top_k"] = -1
-        defaults = cls(**given)
         try:
-            check_ranges(GenerationBody(**given))
-        except ApiError as error:
-            raise TokenizerError(f"{path}: {error}") from None
-        return defaults
+            check_ranges(msgspec.convert(given, GenerationBody))
+        except (ApiError, msgspec.ValidationError) as error:
+            raise TokenizerError(f"{path} is wrong: {error}") from None
+        return cls(**given)
 
 
 def check_ranges(body: GenerationBody) -> None:

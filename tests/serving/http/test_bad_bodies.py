@@ -1,0 +1,221 @@
+"""Wrong requests: always 400 with a sentence that names the field, never a 5xx."""
+
+import json
+
+import pytest
+
+from serving.http.protocol import NOT_SERVED_YET, ChatBody, CompletionBody
+from tests.fakes import FakeEngine
+from tests.serving.http.support import run, serving
+
+pytestmark = pytest.mark.timeout(30)
+
+COMPLETIONS = [
+    ({"temperature": -1}, "temperature must be a non-negative finite number, got -1"),
+    ({"temperature": "hot"}, "temperature: expected"),
+    ({"temperature": [1]}, "temperature: expected"),
+    ({"top_p": 0}, "top_p must be in (0, 1], got 0"),
+    ({"top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
+    ({"top_k": 0}, "top_k must be -1 (disable) or at least 1, got 0"),
+    ({"top_k": -2}, "top_k must be"),
+    ({"top_k": 1.5}, "top_k: expected"),
+    ({"min_p": 2}, "min_p must be in [0, 1], got 2"),
+    ({"min_p": 0.5}, "min_p is not supported yet"),
+    ({"presence_penalty": 3}, "presence_penalty must be in [-2, 2], got 3"),
+    ({"presence_penalty": 1}, "presence_penalty is not supported yet"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty must be in [-2, 2]"),
+    ({"frequency_penalty": 0.1}, "frequency_penalty is not supported yet"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be in (0, 2]"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty is not supported yet"),
+    ({"max_tokens": 0}, "max_tokens must be positive, got 0"),
+    ({"max_tokens": -5}, "max_tokens must be positive, got -5"),
+    ({"max_tokens": "16"}, "max_tokens: expected"),
+    ({"max_tokens": True}, "max_tokens: expected"),
+    ({"max_tokens": 62}, "maximum context length of 64 tokens. You requested a total of 65"),
+    ({"max_tokens": 10**30}, "maximum context length"),
+    ({"logprobs": 6}, "logprobs must be in [0, 5], got 6"),
+    ({"logprobs": -1}, "logprobs must be in [0, 5]"),
+    ({"logprobs": True}, "logprobs: expected"),
+    ({"n": 2}, "n is not supported yet: leave it out or set it to 1"),
+    ({"n": 0}, "n is not supported yet"),
+    ({"best_of": 3}, "best_of is not supported yet"),
+    ({"echo": True}, "echo is not supported yet"),
+    ({"suffix": "end"}, "suffix is not supported yet"),
+    ({"logit_bias": {"5": 1.0}}, "logit_bias is not supported yet"),
+    ({"logit_bias": [5]}, "logit_bias: expected"),
+    ({"min_tokens": 3}, "min_tokens is not supported yet"),
+    ({"regex": "a+"}, "regex is not supported yet"),
+    ({"ebnf": "root ::= x"}, "ebnf is not supported yet"),
+    ({"json_schema": "{}"}, "json_schema is not supported yet"),
+    ({"response_format": {"type": "json_object"}}, "response_format is not supported yet"),
+    ({"skip_special_tokens": False}, "skip_special_tokens is not supported yet"),
+    ({"no_stop_trim": True}, "no_stop_trim is not supported yet"),
+    ({"lora_path": "x"}, "lora_path is not supported yet"),
+    ({"data_parallel_rank": 0}, "data_parallel_rank is not supported yet"),
+    ({"return_hidden_states": True}, "return_hidden_states is not supported yet"),
+    ({"stop": 5}, "stop: expected"),
+    ({"stop": ["a", 5]}, "stop[1]: expected"),
+    ({"stop": ""}, "stop strings must have 1 to 1024 characters"),
+    ({"stop": ["x" * 2000]}, "stop strings must have"),
+    ({"stop": ["x"] * 65}, "stop may hold 64 strings, got 65"),
+    ({"stop_token_ids": [512]}, "stop_token_ids must be in [0, 511], got 512"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids must be in"),
+    ({"stop_token_ids": "1"}, "stop_token_ids: expected"),
+    ({"stop_token_ids": [1] * 65}, "stop_token_ids may hold 64"),
+    ({"seed": "one"}, "seed: expected"),
+    ({"seed": 1.5}, "seed: expected"),
+    ({"stream": "yes"}, "stream: expected"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage: expected"),
+    ({"stream_options": {"continuous_usage_stats": True}}, "continuous_usage_stats"),
+    ({"model": 5}, "model: expected"),
+    ({"rid": ""}, "rid must have"),
+    ({"rid": ["a"]}, "rid: expected"),
+    ({"prompt": None}, "prompt is missing"),
+    ({"prompt": ""}, "Prompt cannot be empty"),
+    ({"prompt": []}, "Prompt cannot be empty"),
+    ({"prompt": [[]]}, "Prompt cannot be empty"),
+    ({"prompt": ["a", ""]}, "Prompt cannot be empty"),
+    ({"prompt": {"a": 1}}, "prompt: expected"),
+    ({"prompt": [1.5]}, "prompt[0]: expected"),
+    ({"prompt": [True]}, "prompt[0]: expected"),
+    ({"prompt": [1, "a"]}, "prompt must be a string, a list of strings"),
+    ({"prompt": [[1], 2]}, "prompt must be a string, a list of strings"),
+    ({"prompt": [[1], ["a"]]}, "prompt[1][0]: expected"),
+    ({"prompt": [512]}, "[512] contains values greater than the vocab size (512)"),
+    ({"prompt": [10**40]}, "greater than the vocab size (512)"),
+    ({"prompt": [-1]}, "prompt: token ids must be at least 0, got -1"),
+    ({"prompt": [5] * 64}, "The input (64 tokens) is longer than the model's context length (64"),
+    ({"prompt": [5] * 60, "max_tokens": 16}, "60 tokens from the input messages and 16 tokens"),
+]
+
+USER = {"role": "user", "content": "hi"}
+CHAT = [
+    ({"messages": None}, "messages is missing"),
+    ({"messages": []}, "Messages cannot be empty."),
+    ({"messages": "hi"}, "messages: expected"),
+    ({"messages": ["hi"]}, "messages[0]: expected"),
+    ({"messages": [{"content": "hi"}]}, "messages[0]: object missing required field `role`"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: expected"),
+    ({"messages": [USER, {"role": "wizard", "content": "x"}]}, "messages[1].role must be one of"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role 'tool' is not supported"),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+        "messages[0].tool_calls is not supported",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0]: only parts of type 'text' are supported, got 'image_url'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text is missing",
+    ),
+    ({"messages": [{"role": "user", "content": "x " * 200}]}, "is longer than the model's context"),
+    ({"max_completion_tokens": 65}, "max_completion_tokens is too large: 65.This model supports"),
+    ({"max_completion_tokens": 63}, "Requested token count exceeds"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens must be positive"),
+    ({"max_tokens": 0}, "max_tokens must be positive"),
+    ({"logprobs": 3}, "logprobs: expected"),
+    ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be in [0, 20], got 21"),
+    ({"tools": [{"type": "function"}]}, "tools is not supported yet"),
+    ({"tool_choice": "required"}, "tool_choice is not supported yet"),
+    ({"response_format": {"type": "json_schema"}}, "response_format is not supported yet"),
+    ({"continue_final_message": True}, "continue_final_message is not supported yet"),
+    ({"reasoning_effort": "high"}, "reasoning_effort is not supported yet"),
+    ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected"),
+    ({"n": 3}, "n is not supported yet"),
+    ({"temperature": -0.1}, "temperature must be"),
+]
+
+RAW = [
+    (b"", "The body is not valid JSON"),
+    (b"{", "The body is not valid JSON"),
+    (b"[]", "The body: expected `object`"),
+    (b"null", "The body: expected `object`"),
+    (b'{"prompt": NaN}', "The body is not valid JSON"),
+    (b'{"temperature": 1e999, "prompt": "a"}', "temperature: number out of range"),
+    (b'{"model": "\xff"}', "The body is not valid JSON"),
+    (b'{"model": "\\ud800"}', "The body is not valid JSON"),
+    (b'{"x": ' + b"[" * 100_000, "The body is not valid JSON"),
+    (b'{"prompt": "a"} {}', "The body is not valid JSON"),
+]
+
+
+async def check(http, url, content, text, media_type="application/json"):
+    response = await http.post(url, content=content, headers={"content-type": media_type})
+    assert response.status_code == 400, (content[:100], response.text)
+    body = response.json()
+    assert body["object"] == "error"
+    assert body["code"] == 400
+    assert body["type"] in ("BadRequestError", "Bad Request")
+    assert text in body["message"], (content[:100], body["message"])
+    assert "\n" not in body["message"]
+    return body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_wrong_values_are_named(stream):
+    async def main():
+        async with serving(FakeEngine(max_context_tokens=64)) as (http, _, engine):
+            for url, base, table in (
+                ("/v1/completions", {"prompt": [5, 6, 7]}, COMPLETIONS),
+                ("/v1/chat/completions", {"messages": [USER]}, CHAT),
+            ):
+                for change, text in table:
+                    body = base | {"stream": stream} | change
+                    answer = await check(http, url, json.dumps(body).encode(), text)
+                    (*_, field) = change
+                    if len(change) == 1:
+                        assert answer["param"] == field, answer
+            assert engine.seen == []
+
+    run(main)
+
+
+@pytest.mark.parametrize("url", ["/v1/completions", "/v1/chat/completions"])
+def test_bodies_that_are_no_requests(url):
+    async def main():
+        async with serving() as (http, _, engine):
+            for content, text in RAW:
+                await check(http, url, content, text)
+            for media_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+                text = "Only 'application/json' is allowed"
+                await check(http, url, b'{"prompt": "a"}', text, media_type)
+            response = await http.post(url, content=b'{"prompt": "a"}')
+            assert response.status_code == 400
+            assert engine.seen == []
+
+    run(main)
+
+
+def test_media_type_parameters_are_fine():
+    async def main():
+        async with serving() as (http, _, _engine):
+            headers = {"content-type": "Application/JSON; charset=utf-8"}
+            response = await http.post(
+                "/v1/completions", content=b'{"prompt":"a"}', headers=headers
+            )
+            assert response.status_code == 200
+
+    run(main)
+
+
+def test_every_field_that_is_refused_is_declared():
+    declared = {*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__}
+    assert set(NOT_SERVED_YET) <= declared
+
+
+def test_unknown_paths_and_methods_are_json():
+    async def main():
+        async with serving() as (http, _, _engine):
+            response = await http.get("/v2/nothing")
+            assert response.status_code == 404
+            assert "/v2/nothing" in response.json()["message"]
+            response = await http.get("/v1/completions")
+            assert response.status_code == 405
+            assert response.headers["allow"] == "POST"
+            assert response.json()["object"] == "error"
+
+    run(main)
