@@ -163,10 +163,10 @@ class RankScheduler:
                 draft.add_decode(live, pages)
             index += 1
         # A prompt stays unfinished only where it used up the budget, and nothing starts without
-        # budget: so at most one request of a slice is in the middle of its prompt.
+        # budget: so at most one request of a slice is in the middle of its prompt. None of these
+        # was retracted since, because each retraction was for a row that stood before its victim.
         for live in prefilling:
-            if live.rank is self:
-                draft.add_chunk(live, self.cache.pages(live.request.rid))
+            draft.add_chunk(live, self.cache.pages(live.request.rid))
         return draft, retracted
 
     def can_start(self, live: LiveRequest, draft: StepDraft) -> bool:

@@ -34,6 +34,14 @@ def test_freeing_what_was_not_handed_out_is_refused(page, message):
         PagePool(4).free([page])
 
 
+def test_a_page_cannot_come_back_twice():
+    pool = PagePool(4)
+    pages = pool.allocate(2)
+    pool.free(pages)
+    with pytest.raises(ValueError, match=f"Page {pages[0]} is freed twice"):
+        pool.free(pages)
+
+
 def test_a_pool_of_the_sink_alone_is_refused():
     with pytest.raises(ValueError, match="at least 2 pages"):
         PagePool(1)
