@@ -219,7 +219,7 @@ class SafetensorsFolder:
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise CheckpointError(f"{index} is not a safetensors index.") from None
             missing = [name for name in names if not (folder / name).exists()]
             if missing:
@@ -290,17 +290,21 @@ def _map_file(file: Path) -> Mapping[str, np.ndarray]:
             header: dict[str, dict] = json.loads(f.read(length))
         except ValueError:
             raise broken from None
+    if not isinstance(header, dict):
+        raise broken
     header.pop("__metadata__", None)
     data = np.memmap(file, np.uint8, "r", offset=8 + length) if header else np.empty(0, np.uint8)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"Tensor {name} in {file} has dtype {entry['dtype']}; supported are "
-                f"{', '.join(DTYPES)}."
-            )
-        begin, end = entry["data_offsets"]
-        if end > data.size:
-            raise broken
-        tensors[name] = data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        try:
+            dtype, (begin, end), shape = entry["dtype"], entry["data_offsets"], entry["shape"]
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"Tensor {name} in {file} has dtype {dtype}; supported are {', '.join(DTYPES)}."
+                )
+            tensors[name] = data[begin:end].view(DTYPES[dtype]).reshape(shape)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError):  # cut off, or offsets that fit no shape
+            raise broken from None
     return tensors

@@ -1,0 +1,105 @@
+"""Hugging Face configurations, in both dialects, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from model.config import ModelConfig, UnsupportedModelError, yarn_mscale
+from tests.fixtures import DATA, MLA_FIXTURES
+
+
+def hf(name="deepseek_v3", **changes):
+    data = json.loads((DATA / name / "config.json").read_text())
+    return {**data, **changes}
+
+
+@pytest.mark.parametrize("name", MLA_FIXTURES)
+def test_transformers_5_dialect_reads_like_the_published_one(name):
+    old = hf(name)
+    new = {k: v for k, v in old.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    scaling = dict(old["rope_scaling"])
+    scaling["rope_type"] = scaling.pop("type")
+    new["rope_parameters"] = {**scaling, "rope_theta": old["rope_theta"]}
+    new["dtype"] = old["torch_dtype"]
+    assert ModelConfig.from_hf(new) == ModelConfig.from_hf(old)
+
+
+def test_published_deepseek_v3_softmax_scale():
+    published = hf(
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        rope_scaling={
+            "type": "yarn",
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    )
+    assert ModelConfig.from_hf(published).attention_scale == pytest.approx(0.13523, abs=1e-5)
+
+
+def test_layers_are_dense_first_then_moe_and_runs_become_segments():
+    config = ModelConfig.from_hf(hf(num_hidden_layers=5, first_k_dense_replace=2))
+    assert config.segments == (("dense", 2), ("moe", 3))
+    interleaved = ModelConfig.from_hf(
+        hf(num_hidden_layers=5, first_k_dense_replace=1, moe_layer_freq=2)
+    )
+    assert interleaved.layer_kinds == ("dense", "dense", "moe", "dense", "moe")
+    assert interleaved.segments == (("dense", 2), ("moe", 1), ("dense", 1), ("moe", 1))
+
+
+def test_default_rope_has_no_yarn():
+    config = ModelConfig.from_hf(hf(rope_scaling=None))
+    assert config.yarn is None
+    assert config.attention_scale == config.qk_head_dim**-0.5
+
+
+def test_mscale_counts_only_where_both_are_given():
+    scaling = {**hf()["rope_scaling"], "mscale": 0.5}
+    del scaling["mscale_all_dim"]
+    config = ModelConfig.from_hf(hf(rope_scaling=scaling))
+    assert (config.yarn.mscale, config.yarn.mscale_all_dim) == (1.0, 0.0)
+    assert yarn_mscale(0.5, 1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"architectures": None, "model_type": "gru"}, "gru"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"index_topk": 2048}, "index_topk"),
+        ({"topk_method": "noaux_tc", "scoring_func": "softmax"}, "noaux_tc"),
+        ({"n_group": 3}, "n_group 3"),
+        ({"n_group": 16}, "groups of one"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings"),
+        ({"hidden_size": "wide", "num_hidden_layers": "two"}, "wrong type"),
+    ],
+)
+def test_unsupported_options_are_named(changes, text):
+    with pytest.raises(UnsupportedModelError, match=text):
+        ModelConfig.from_hf(hf(**changes))
+
+
+def test_a_missing_key_is_named():
+    data = hf()
+    del data["kv_lora_rank"]
+    with pytest.raises(UnsupportedModelError, match="kv_lora_rank"):
+        ModelConfig.from_hf(data)
+
+
+def test_missing_and_broken_files_are_one_sentence(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="model path"):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UnsupportedModelError, match="cannot be read"):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UnsupportedModelError, match="not a JSON object"):
+        ModelConfig.from_folder(tmp_path)
