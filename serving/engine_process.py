@@ -40,11 +40,7 @@ class EngineProcess:
             EngineFailed: it said why it cannot start, or ended without a word.
         """
         with engine_listener() as (listener, path):
-            # A session of its own: Ctrl-C in a terminal reaches the front only, which then ends
-            # the child in order.
-            process = await asyncio.create_subprocess_exec(
-                *command, path, stdin=asyncio.subprocess.PIPE, start_new_session=True
-            )
+            process = await _spawn(*command, path)
             try:
                 await _write_config(process, config)
                 return cls(process=process, client=await _until_ready(process, listener))
@@ -79,6 +75,21 @@ class EngineProcess:
             await asyncio.wait_for(self._process.wait(), timeout_s)
         except TimeoutError:
             await _end(self._process)
+
+
+async def _spawn(*command: str) -> asyncio.subprocess.Process:
+    """The child, in a session of its own: Ctrl-C in a terminal then reaches the front only, which
+    ends the child in order. Cancelling this midway leaves no child behind."""
+    spawning = asyncio.create_task(
+        asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+    )
+    try:
+        return await asyncio.shield(spawning)
+    except asyncio.CancelledError:
+        await _end(await spawning)
+        raise
 
 
 async def _write_config(process: asyncio.subprocess.Process, config: ServerConfig) -> None:

@@ -68,9 +68,14 @@ class Server:
 
     def exit_code(self):
         code = self.process.wait(20)
+        self.close()
+        return code
+
+    def close(self):
         for thread in self._threads:
             thread.join(5)
-        return code
+        self.process.stdout.close()
+        self.process.stderr.close()
 
     def stderr(self):
         return "".join(self.err)
@@ -85,6 +90,7 @@ def serving(*args, **options):
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
+        server.close()
 
 
 def children_of(pid):
@@ -93,9 +99,9 @@ def children_of(pid):
 
 
 def gone(pid):
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return False
+    with contextlib.suppress(FileNotFoundError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "Z"  # ended; some containers' init is slow to notice
     return True
 
 
