@@ -181,7 +181,7 @@ def test_a_burst_is_levelled_over_slices():
 
 
 def test_a_short_prompt_goes_beside_the_long_one_rather_than_behind_it():
-    harness = Harness(num_slices=2, prefill_tokens=64, pages=64)
+    harness = Harness(num_slices=2, prefill_tokens=128, pages=64)
     harness.add("old", prompt_tokens=60, max_tokens=30)
     harness.step()
     # Slice 0 holds the most KV tokens by far, yet slice 1 with 48 prompt tokens is the one that
