@@ -1,0 +1,93 @@
+"""Program sizes: which exist, which a plan takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.config import ConfigError, ServerConfig
+from serving.engine.buckets import Shape, make_buckets
+from serving.request import SamplingParams
+from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan, StepPlan
+
+SAMPLING = SamplingParams(max_tokens=1)
+
+
+def plan(*slices):
+    """Each slice: (decode rows, chunk sizes)."""
+
+    def row(i):
+        return DecodeRow(rid=f"d{i}", slot=i, position=3, pages=(1,), sampling=SAMPLING)
+
+    def chunk(i, n):
+        return PrefillChunk(
+            rid=f"c{i}",
+            slot=i,
+            tokens=(5,) * n,
+            start=0,
+            pages=(1,),
+            samples=True,
+            sampling=SAMPLING,
+        )
+
+    return StepPlan(
+        slices=tuple(
+            SlicePlan(
+                decode=tuple(row(i) for i in range(decode)),
+                prefill=tuple(chunk(i, n) for i, n in enumerate(chunks)),
+            )
+            for decode, chunks in slices
+        )
+    )
+
+
+def buckets(num_slices=2, max_context=4096, **flags):
+    return make_buckets(
+        ServerConfig(**flags), platform="cpu", num_slices=num_slices, max_context=max_context
+    )
+
+
+def test_a_step_runs_at_the_fullest_slices_size():
+    b = buckets(decode_buckets=(1, 4, 16), extend_buckets=(64, 256))
+    assert b.shape_for(plan((1, []), (0, []))) == Shape(decode_rows=1)
+    assert b.shape_for(plan((2, []), (5, []))) == Shape(decode_rows=16)
+    assert b.shape_for(plan((2, []), (0, [10]))).prefill_rows == 64
+    assert b.shape_for(plan((2, [60, 5]), (0, [10]))).prefill_rows == 256
+    # Extend programs have room for every running request.
+    assert b.shape_for(plan((0, []), (0, [10]))).decode_rows == 16
+
+
+def test_many_short_chunks_need_a_larger_program():
+    b = buckets(decode_buckets=(8,), extend_buckets=(64, 256))
+    assert b.shape_for(plan((0, [1] * 4))).prefill_rows == 64
+    assert b.shape_for(plan((0, [1] * 5))).prefill_rows == 256
+    assert b.prefill_chunks == 16
+
+
+def test_a_plan_beyond_every_program_is_an_error():
+    b = buckets(decode_buckets=(4,), extend_buckets=(64,))
+    with pytest.raises(ValueError, match="5 decode rows"):
+        b.shape_for(plan((5, [])))
+    with pytest.raises(ValueError, match="65 prompt tokens"):
+        b.shape_for(plan((0, [65])))
+
+
+def test_every_plan_the_limits_allow_has_a_compiled_shape():
+    b = buckets()
+    shapes = set(b.shapes())
+    for decode in (0, 1, 2, 8, 9, 32):
+        for chunks in ([], [1], [64], [65], [512], [16] * 32):
+            if decode or chunks:
+                assert b.shape_for(plan((decode, chunks))) in shapes
+
+
+def test_limits_for_all_slices_are_shared_out():
+    b = buckets(num_slices=4, max_running_requests=40, chunked_prefill_size=400)
+    assert b.decode == (1, 8, 10)
+    assert b.extend == (64, 100)
+    with pytest.raises(ConfigError, match="--max-running-requests 3"):
+        buckets(num_slices=4, max_running_requests=3)
+
+
+def test_short_contexts_need_no_large_extend_programs():
+    assert buckets(max_context=64).extend == (64,)
+    assert buckets(max_context=128).extend == (64, 512)
