@@ -44,10 +44,16 @@ log = logging.getLogger("meshserve.engine")
 
 
 class Connection:
-    """The socket to the front: a thread reads whole messages into a queue, the loop writes."""
+    """The socket to the front: a thread reads whole messages into a queue, the loop writes.
+
+    Attributes:
+        starting: while set, a front that goes away ends this process at once (loading and
+            compiling cannot be interrupted otherwise).
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self.starting = True
         self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True, name="front-reader").start()
 
@@ -63,6 +69,8 @@ class Connection:
                     self.inbox.put(decode_to_engine(stream.read(length)))
         except (OSError, msgspec.DecodeError) as error:
             log.error("connection to the front broke: %s", error)
+        if self.starting:
+            os._exit(1)
         self.inbox.put(Shutdown())
 
 
@@ -153,16 +161,17 @@ def main() -> int:
         return 1
     topology, details = describe(engine.runner)
     compiles = CompileCounter()
-    connection.send(
-        Ready(
-            max_context_tokens=engine.runner.max_context,
-            max_total_tokens=(engine.runner.num_pages - 1) * engine.runner.page_size,
-            num_slices=engine.runner.layout.num_slices,
-            topology=topology,
-            details=details,
-        )
-    )
+    connection.starting = False
     try:
+        connection.send(
+            Ready(
+                max_context_tokens=engine.runner.max_context,
+                max_total_tokens=(engine.runner.num_pages - 1) * engine.runner.page_size,
+                num_slices=engine.runner.layout.num_slices,
+                topology=topology,
+                details=details,
+            )
+        )
         EngineLoop(engine, connection, compiles).run()
     except BrokenPipeError:
         return 1  # the front is gone; nobody is left to tell
