@@ -41,7 +41,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=20_000, help="names the worlds and questions")
     p.add_argument("--batch", type=int, default=32, help="conversations at a time")
     p.add_argument("--documents", type=int, default=200, help="held-out documents for the loss")
-    p.add_argument("--corpus", type=Path, help="make_corpus.py's folder: also loss on held-out prose")
+    p.add_argument(
+        "--corpus", type=Path, help="make_corpus.py's folder: also loss on held-out prose"
+    )
     p.add_argument("--row", type=int, default=512, help="row length for the loss")
     p.add_argument("--show", type=int, default=10, help="wrong answers to print")
     p.add_argument("--samples", action="store_true", help="also print replies to open requests")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes the demo model's corpus: generated stories and dialogues, public-domain prose, the tokenizer
-trained on both, and token shards (train and held-out). The same seed gives the same files, however
-many processes work on them; nothing it writes is meant to be committed but the tokenizer."""
+"""Makes the demo model's corpus: generated stories and dialogues, public-domain prose, the
+tokenizer trained on both, and token shards (train and held-out). The same seed gives the same
+files, however many processes work on them; only the tokenizer is meant to be committed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Trains the demo model on make_corpus.py's shards and exports it as a Hugging Face model folder:
 Flax NNX, AdamW, bfloat16 compute over float32 weights, DeepSeek-V3's bias-only router balancing
-(arXiv:2412.19437, section 2.1.2), Orbax checkpoints. Started again it goes on where it was killed."""
+(arXiv:2412.19437, section 2.1.2), Orbax checkpoints. Started again it goes on where it was
+killed."""
 
 from __future__ import annotations
 
@@ -126,7 +127,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
     p.add_argument("--bias-speed", type=float, default=2e-3, help="router bias movement in a step")
     p.add_argument("--seed", type=int, default=1, help="of weights and order")
-    p.add_argument("--save-minutes", type=float, default=2.0, help="between checkpoints and exports")
+    p.add_argument(
+        "--save-minutes", type=float, default=2.0, help="between checkpoints and exports"
+    )
     p.add_argument("--eval-steps", type=int, default=500, help="between held-out measurements")
     p.add_argument("--tiny", action="store_true", help="a toy size, for trying the machinery")
     p.add_argument("--float32", action="store_true", help="compute in float32")
@@ -210,7 +213,7 @@ class Trainer:
         return self._balance(params, counts, speed), opt_state, loss, counts
 
     def _balance(self, params: Params, counts: jax.Array, speed: jax.Array) -> Params:
-        """Moves each expert's bias by `speed` against its load error; the loss has no part in it."""
+        """Moves each expert's bias by `speed` against its load error, outside the loss."""
         flat = dict(nnx.to_flat_state(params))
         first = 0
         for path in self.bias_paths:
@@ -339,7 +342,7 @@ def plot(progress: Progress, path: Path) -> None:
 
 
 class HeldOut:
-    """What is measured now and then: loss, exact greedy answers, expert use; all held-out worlds."""
+    """What is measured now and then on held-out worlds: loss, exact answers, expert use."""
 
     def __init__(self, corpus: Path, config: dict[str, Any], row: int) -> None:
         shard = Shard.load(corpus, "world-heldout")

@@ -1,9 +1,11 @@
+# ruff: noqa: E501, SIM905 (templates stay whole phrases)
 """Documents of the demo corpus: plain stories and conversations about them, written with DeepSeek's
 chat markers exactly as the shipped chat template renders them, and the fixed small talk. A document
 is one string that begins with the BOS marker; held-out worlds make the questions of the eval."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -296,7 +298,7 @@ def exam(rng: random.Random) -> Exam:
     asked = some_questions(rng, story, n)
     form = ASK_FORMS[int(rng.random() * len(ASK_FORMS))]
     messages = [{"role": "user", "content": form.format(s=story.text, q=asked[0].ask)}]
-    for before, after in zip(asked, asked[1:], strict=False):
+    for before, after in itertools.pairwise(asked):
         messages.append({"role": "assistant", "content": before.answer})
         messages.append({"role": "user", "content": after.ask})
     return Exam(messages=tuple(messages), question=asked[-1], shape=story.shape)

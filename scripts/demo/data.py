@@ -49,9 +49,7 @@ class Shard:
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Shard:
-        return cls(
-            np.load(folder / f"{name}.tokens.npy"), np.load(folder / f"{name}.starts.npy")
-        )
+        return cls(np.load(folder / f"{name}.tokens.npy"), np.load(folder / f"{name}.starts.npy"))
 
 
 def mixture(world: Shard, prose: Shard, share: float) -> tuple[Shard, np.ndarray]:

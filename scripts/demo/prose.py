@@ -1,6 +1,6 @@
-"""Public-domain English prose from packages of ordinary registries: Jane Austen's six novels (Debian
-r-cran-janeaustenr) and the World English Bible (Debian sword-text-web). Reads the packages as
-downloaded and gives passages; nothing is installed."""
+"""Public-domain English prose from packages of ordinary registries: Jane Austen's six novels
+(Debian r-cran-janeaustenr) and the World English Bible (Debian sword-text-web). Reads the
+packages as downloaded and gives passages; nothing is installed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_packages(folder: Path) -> list[str]:
 
 
 def _bible(folder: Path) -> list[str]:
-    """SWORD's zText: an index of (offset, size, full size), each block a zlib stream of OSIS XML."""
+    """SWORD's zText: an index of (offset, size, full size); blocks are zlib streams of OSIS XML."""
     blocks = []
     for part in ("ot", "nt"):
         index, data = (folder / f"{part}.bzs").read_bytes(), (folder / f"{part}.bzz").read_bytes()

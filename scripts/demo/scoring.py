@@ -1,5 +1,6 @@
-"""Measures of the demo model: loss and expert use over token shards, and greedy answers to questions
-about worlds that training never saw. Whole-sequence forward passes only, so it needs no server."""
+"""Measures of the demo model: loss and expert use over token shards, and greedy answers to
+questions about worlds that training never saw. Whole-sequence forward passes only; no server
+needed."""
 
 from __future__ import annotations
 
@@ -136,9 +137,7 @@ def generate(
         done |= best == EOS
         if done.all():
             break
-    return [
-        [int(t) for t in rows[i, len(p) : ends[i]] if t != EOS] for i, p in enumerate(prompts)
-    ]
+    return [[int(t) for t in rows[i, len(p) : ends[i]] if t != EOS] for i, p in enumerate(prompts)]
 
 
 def _rows(texts: Sequence[list[int]], batch: int, step: int) -> np.ndarray:

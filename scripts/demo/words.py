@@ -1,3 +1,4 @@
+# ruff: noqa: E501, SIM905 (word lists are easiest to read and extend as one string)
 """The word lists of the demo world: who may appear in a story, with what, where. Data only; every
 name is an everyday English word or first name, written down for this project."""
 

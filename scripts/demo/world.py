@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates stay whole phrases)
 """The generator of the demo model's text: a small world (people, animals, things, places), stories
 told over its state in fifteen shapes, and questions whose answers follow from that state. Every
 draw comes from the `random.Random` that is passed in, so a seed names a text; worlds whose
@@ -63,11 +64,11 @@ class Person:
         return "her" if self.female else "his"
 
     @property
-    def He(self) -> str:  # noqa: N802
+    def He(self) -> str:
         return self.he.capitalize()
 
     @property
-    def His(self) -> str:  # noqa: N802
+    def His(self) -> str:
         return self.his.capitalize()
 
     @property
@@ -570,7 +571,7 @@ class Teller:
 
     def broken(self) -> Story:
         """A thing breaks and is mended."""
-        h, thing, place = self.setup(tuple(W.MENDABLE), W.OUTDOORS)
+        _, thing, place = self.setup(tuple(W.MENDABLE), W.OUTDOORS)
         self.intro()
         fixer, tool = self.person("grown" if self.chance(0.6) else "child"), ""
         tool = self.pick(W.MENDABLE[thing])
@@ -648,7 +649,7 @@ class Teller:
 
     def rescue(self) -> Story:
         """An animal is in trouble and is saved."""
-        h, thing, place = self.setup(tuple(dict.fromkeys(W.WILD)), W.OUTDOORS)
+        _, thing, place = self.setup(tuple(dict.fromkeys(W.WILD)), W.OUTDOORS)
         self.intro()
         trap = self.pick(tuple(W.TRAPS))
         tool = self.pick(W.TRAPS[trap])
@@ -970,7 +971,7 @@ class Teller:
 
     def growing(self) -> Story:
         """Seeds, a pest, something that keeps the pest away."""
-        h, thing, place = self.setup(
+        _, thing, place = self.setup(
             W.SEEDS,
             ("garden", "yard", "farm", "orchard", "hill", "meadow", "island", "village", "school"),
         )
@@ -1118,7 +1119,7 @@ class Teller:
 
     def trade(self) -> Story:
         """A chain of swaps."""
-        h, thing, place = self.setup(
+        _, thing, place = self.setup(
             W.THINGS,
             (
                 "market",
