@@ -321,10 +321,10 @@ def parse_args(argv: list[str]) -> ServerConfig:
             "--moe-a2a-backend deepep: this engine has no DeepEP; all_to_all does the same job."
         )
         given["moe_a2a_backend"] = "all_to_all"
-    if given.get("moe_a2a_backend") == "all_to_all" and not all_devices:
-        if given.get("ep_size", 1) == 1:
-            raise ConfigError(
-                f"--moe-a2a-backend {args['moe_a2a_backend']} needs --ep > 1: with one expert "
-                "group there is nothing to exchange; use --moe-a2a-backend none."
-            )
+    one_group = given.get("ep_size", 1) == 1 and not all_devices
+    if given.get("moe_a2a_backend") == "all_to_all" and one_group:
+        raise ConfigError(
+            f"--moe-a2a-backend {args['moe_a2a_backend']} needs --ep > 1: with one expert "
+            "group there is nothing to exchange; use --moe-a2a-backend none."
+        )
     return ServerConfig(**given, all_devices=all_devices, warnings=tuple(warnings))

@@ -12,7 +12,7 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOP_LOGPROBS = 20
-"""The most alternatives per token that a request may ask for (the sampler's program is that wide)."""
+"""The most alternatives per token that a request may ask for: the sampler is that wide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

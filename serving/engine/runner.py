@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,7 @@ log = logging.getLogger("meshserve.engine")
 
 CPU_POOL_BYTES = 256 << 20
 """KV pool of an emulated device, which has no memory of its own to measure."""
+COMPILE_THREADS = 8
 ACCELERATOR_SLACK_BYTES = 256 << 20
 """Left free beside weights, programs and pool: batches in flight, fragmentation."""
 
@@ -219,16 +222,24 @@ class ModelRunner:
         return packing, forward.lower(weights, pool, last, packed), *samplers
 
     def _compile_all(self) -> dict[Shape, Program]:
-        programs = {}
-        for shape in self.buckets.shapes():
+        """All programs, several at a time: XLA compiles outside the interpreter lock."""
+
+        def compiled(shape: Shape, packing: Packing, *lowered: Any) -> tuple[Shape, Program]:
             started = time.perf_counter()
-            packing, *lowered = self._lower(
-                shape, num_pages=self.num_pages, table_width=self.table_width
-            )
             forward, plain, full = (program.compile() for program in lowered)
-            programs[shape] = Program(packing=packing, forward=forward, greedy=plain, full=full)
             log.info("compiled %s in %.1f s", shape, time.perf_counter() - started)
-        return programs
+            return shape, Program(packing=packing, forward=forward, greedy=plain, full=full)
+
+        with ThreadPoolExecutor(max_workers=min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
+            futures = [
+                pool.submit(
+                    compiled,
+                    shape,
+                    *self._lower(shape, num_pages=self.num_pages, table_width=self.table_width),
+                )
+                for shape in self.buckets.shapes()
+            ]
+            return dict(future.result() for future in futures)
 
     def _warm_up(self) -> None:
         """Run every program once on padding alone: nothing is left to set up for a request."""

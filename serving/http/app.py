@@ -87,7 +87,7 @@ async def server_info(state: ServerState, request: Request) -> Response:
     return json_response(
         {
             **asdict(state.config),
-            "version": importlib.metadata.version("meshserve"),
+            "version": _version(),
             "status": "ready" if state.healthy else "stopping",
             "topology": ready.topology,
             "max_total_num_tokens": ready.max_total_tokens,
@@ -113,3 +113,11 @@ def _model_card(state: ServerState) -> dict[str, Any]:
         "parent": None,
         "max_model_len": state.engine.ready.max_context_tokens,
     }
+
+
+def _version() -> str:
+    """Of the installed distribution; a checkout that runs uninstalled has none."""
+    try:
+        return importlib.metadata.version("meshserve")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -14,6 +14,7 @@ def fixture_engine(name="deepseek_v3", *, tp=1, dp=1, ep=1, exchange="none", **f
         "page_size": 4,
         "decode_buckets": (4,),
         "extend_buckets": (64,),
+        "dtype": "float32",
         **flags,
     }
     return make_engine(
