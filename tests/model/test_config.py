@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from model.config import ModelConfig, UnsupportedModelError, yarn_mscale
+from model.config import ModelConfig, UnsupportedModelError
+from model.rope_scaling import yarn_mscale
 from tests.fixtures import DATA, MLA_FIXTURES
 
 
@@ -53,7 +54,7 @@ def test_layers_are_dense_first_then_moe_and_runs_become_segments():
 
 def test_default_rope_has_no_yarn():
     config = ModelConfig.from_hf(hf(rope_scaling=None))
-    assert config.yarn is None
+    assert config.rope_scaling is None
     assert config.attention_scale == config.qk_head_dim**-0.5
 
 
@@ -61,7 +62,7 @@ def test_mscale_counts_only_where_both_are_given():
     scaling = {**hf()["rope_scaling"], "mscale": 0.5}
     del scaling["mscale_all_dim"]
     config = ModelConfig.from_hf(hf(rope_scaling=scaling))
-    assert (config.yarn.mscale, config.yarn.mscale_all_dim) == (1.0, 0.0)
+    assert (config.rope_scaling.mscale, config.rope_scaling.mscale_all_dim) == (1.0, 0.0)
     assert yarn_mscale(0.5, 1.0) == 1.0
 
 
