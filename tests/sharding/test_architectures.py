@@ -30,7 +30,9 @@ def check(model: MeshModel, fixture, prompts) -> None:
         group = prompts[i : i + d]
         idle = [SliceRows()] * (d - len(group))
         pages = [_pages(i + s) for s in range(len(group))]
-        chunks = [SliceRows(chunks=[(p["prompt"], 0, t)]) for p, t in zip(group, pages, strict=True)]
+        chunks = [
+            SliceRows(chunks=[(p["prompt"], 0, t)]) for p, t in zip(group, pages, strict=True)
+        ]
         results, _ = model.step([*chunks, *idle])
         sequences = [list(p["prompt"]) for p in group]
         for (_, parts), p, tokens in zip(results, group, sequences, strict=False):
