@@ -1,7 +1,8 @@
 """The whole-sequence forward pass without a cache: the definition, and what training uses.
 
 Naive attention and every expert on every token, differentiable, on one device. It shares the
-modules (norms, projections, router) with the serving path and none of its batching, paging or grouping.
+modules (norms, projections, router) with the serving path and none of its batching, paging or
+grouping.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_unsupported_options_of_other_architectures_are_named(name, changes, tex
 
 
 def test_an_unknown_architecture_is_told_what_there_is():
-    with pytest.raises(UnsupportedModelError, match="LongcatFlash.*DeepseekV2.*MiniMaxM2"):
+    with pytest.raises(UnsupportedModelError, match=r"LongcatFlash.*DeepseekV2.*MiniMaxM2"):
         ModelConfig.from_hf(hf(architectures=["LongcatFlashForCausalLM"]))
 
 
