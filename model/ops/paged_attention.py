@@ -153,7 +153,7 @@ def paged_extend(
 
 
 def _one_head_or_many(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A f32 einsum; one key/value head (MLA) is left out of it, as XLA's CPU code is slower by it."""
+    """A f32 einsum, without its axis of one key/value head (MLA), which costs time on CPU."""
     if a.shape[1] > 1:
         return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
     subscripts = subscripts.replace("n", "")
