@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -25,6 +26,29 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTensors:
+    """The names of a MoE layer's tensors, below the layer's."""
+
+    block: str = "mlp"
+    bias: str = "gate.e_score_correction_bias"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused: bool = False
+
+
+MLP_TENSORS = ExpertTensors()
+EXPERT_NAMES: Mapping[str, ExpertTensors] = {
+    "mlp": MLP_TENSORS,
+    "mlp_fused": ExpertTensors(fused=True),
+    "block_sparse_moe": ExpertTensors(
+        block="block_sparse_moe", bias="e_score_correction_bias", gate="w1", up="w3", down="w2"
+    ),
+}
+"""By `ModelConfig.expert_names`."""
 
 
 class CheckpointError(ValueError):
@@ -50,7 +74,25 @@ class Stack:
             part[inner] = one
 
 
-View = np.ndarray | Stack
+class Select:
+    """Entries of a view along one axis, in a given order, -1 for zeros (see `model.heads`)."""
+
+    def __init__(self, view: np.ndarray | Stack, axis: int, entries: Sequence[int]) -> None:
+        self.view, self.axis, self.entries = view, axis, tuple(entries)
+        self.shape = (*view.shape[:axis], len(self.entries), *view.shape[axis + 1 :])
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        before, after = index[: self.axis], index[self.axis + 1 :]
+
+        def one(entry: int) -> np.ndarray:
+            if entry >= 0:
+                return self.view[(*before, slice(entry, entry + 1), *after)]
+            return np.zeros_like(self.view[(*before, slice(0, 1), *after)])
+
+        return np.concatenate([one(e) for e in self.entries[index[self.axis]]], axis=self.axis)
+
+
+View = np.ndarray | Stack | Select
 
 
 def read_padded(view: View, index: Index, shape: Sequence[int]) -> np.ndarray:
@@ -81,32 +123,62 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     for i, kind in enumerate(c.layer_kinds):
         layer = f"model.layers.{i}"
-        attention = f"{layer}.self_attn"
         shapes[f"{layer}.input_layernorm.weight"] = (d,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
-        if c.q_lora_rank is None:
-            shapes[f"{attention}.q_proj.weight"] = (c.num_heads * c.qk_head_dim, d)
-        else:
-            shapes[f"{attention}.q_a_proj.weight"] = (c.q_lora_rank, d)
-            shapes[f"{attention}.q_a_layernorm.weight"] = (c.q_lora_rank,)
-            shapes[f"{attention}.q_b_proj.weight"] = (c.num_heads * c.qk_head_dim, c.q_lora_rank)
-        shapes[f"{attention}.kv_a_proj_with_mqa.weight"] = (c.latent_dim, d)
-        shapes[f"{attention}.kv_a_layernorm.weight"] = (c.kv_lora_rank,)
-        shapes[f"{attention}.kv_b_proj.weight"] = (
-            c.num_heads * (c.qk_nope_head_dim + c.v_head_dim),
-            c.kv_lora_rank,
-        )
-        shapes[f"{attention}.o_proj.weight"] = (d, c.num_heads * c.v_head_dim)
+        shapes |= (_mla_shapes if c.is_mla else _gqa_shapes)(c, f"{layer}.self_attn")
         if kind == "dense":
             mlp(f"{layer}.mlp", c.intermediate_size)
             continue
-        shapes[f"{layer}.mlp.gate.weight"] = (c.num_experts, d)
+        names = EXPERT_NAMES[c.expert_names]
+        block = f"{layer}.{names.block}"
+        shapes[f"{block}.gate.weight"] = (c.num_experts, d)
         if c.router_bias:
-            shapes[f"{layer}.mlp.gate.e_score_correction_bias"] = (c.num_experts,)
+            shapes[f"{block}.{names.bias}"] = (c.num_experts,)
         if c.num_shared_experts:
-            mlp(f"{layer}.mlp.shared_experts", c.shared_intermediate_size)
+            mlp(f"{block}.shared_experts", c.shared_intermediate_size)
+        f = c.moe_intermediate_size
+        if names.fused:
+            shapes[f"{block}.experts.gate_up_proj"] = (c.num_experts, 2 * f, d)
+            shapes[f"{block}.experts.down_proj"] = (c.num_experts, d, f)
+            continue
         for e in range(c.num_experts):
-            mlp(f"{layer}.mlp.experts.{e}", c.moe_intermediate_size)
+            expert = f"{block}.experts.{e}"
+            shapes[f"{expert}.{names.gate}.weight"] = (f, d)
+            shapes[f"{expert}.{names.up}.weight"] = (f, d)
+            shapes[f"{expert}.{names.down}.weight"] = (d, f)
+    return shapes
+
+
+def _mla_shapes(c: ModelConfig, attention: str) -> dict[str, tuple[int, ...]]:
+    d = c.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    if c.q_lora_rank is None:
+        shapes[f"{attention}.q_proj.weight"] = (c.num_heads * c.qk_head_dim, d)
+    else:
+        shapes[f"{attention}.q_a_proj.weight"] = (c.q_lora_rank, d)
+        shapes[f"{attention}.q_a_layernorm.weight"] = (c.q_lora_rank,)
+        shapes[f"{attention}.q_b_proj.weight"] = (c.num_heads * c.qk_head_dim, c.q_lora_rank)
+    shapes[f"{attention}.kv_a_proj_with_mqa.weight"] = (c.latent_dim, d)
+    shapes[f"{attention}.kv_a_layernorm.weight"] = (c.kv_lora_rank,)
+    shapes[f"{attention}.kv_b_proj.weight"] = (
+        c.num_heads * (c.qk_nope_head_dim + c.v_head_dim),
+        c.kv_lora_rank,
+    )
+    shapes[f"{attention}.o_proj.weight"] = (d, c.num_heads * c.v_head_dim)
+    return shapes
+
+
+def _gqa_shapes(c: ModelConfig, attention: str) -> dict[str, tuple[int, ...]]:
+    d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {f"{attention}.o_proj.weight": (d, q)}
+    for name, size in (("q", q), ("k", kv), ("v", kv)):
+        shapes[f"{attention}.{name}_proj.weight"] = (size, d)
+        if c.qkv_bias:
+            shapes[f"{attention}.{name}_proj.bias"] = (size,)
+    if c.qk_norm is not None:
+        whole = c.qk_norm == "projection"
+        shapes[f"{attention}.q_norm.weight"] = (q if whole else c.head_dim,)
+        shapes[f"{attention}.k_norm.weight"] = (kv if whole else c.head_dim,)
     return shapes
 
 
@@ -136,49 +208,91 @@ def parameter_views(
     return views
 
 
-def _mlp_views(prefix: str, tensor: Callable[[str], np.ndarray]) -> tuple[View, View]:
+def _mlp_views(
+    prefix: str, tensor: Callable[[str], np.ndarray], names: ExpertTensors = MLP_TENSORS
+) -> tuple[View, View]:
     """gate_up [D, 2, F] and down [F, D] of one MLP."""
-    gate, up = (tensor(f"{prefix}.{n}_proj.weight").T for n in ("gate", "up"))
-    return Stack([gate, up], axis=1), tensor(f"{prefix}.down_proj.weight").T
+    gate, up = (tensor(f"{prefix}.{name}.weight").T for name in (names.gate, names.up))
+    return Stack([gate, up], axis=1), tensor(f"{prefix}.{names.down}.weight").T
 
 
 def _layer_views(
     config: ModelConfig, layer: str, kind: str, tensor: Callable[[str], np.ndarray]
 ) -> dict[str, View]:
     """The views of one layer's parameters, by path inside the segment."""
-    c, attention = config, f"{layer}.self_attn"
     views: dict[str, View] = {
         "layers.attention_norm": tensor(f"{layer}.input_layernorm.weight"),
         "layers.mlp_norm": tensor(f"{layer}.post_attention_layernorm.weight"),
-        "layers.attention.kv_a": tensor(f"{attention}.kv_a_proj_with_mqa.weight").T,
-        "layers.attention.kv_a_norm": tensor(f"{attention}.kv_a_layernorm.weight"),
+    }
+    attention = (_mla_views if config.is_mla else _gqa_views)(config, f"{layer}.self_attn", tensor)
+    views |= {f"layers.attention.{path}": view for path, view in attention.items()}
+    if kind == "dense":
+        views["layers.mlp.gate_up"], views["layers.mlp.down"] = _mlp_views(f"{layer}.mlp", tensor)
+        return views
+    names = EXPERT_NAMES[config.expert_names]
+    block = f"{layer}.{names.block}"
+    views["layers.moe.router.weight"] = tensor(f"{block}.gate.weight").T
+    if config.router_bias:
+        views["layers.moe.router.bias"] = tensor(f"{block}.{names.bias}")
+    if config.num_shared_experts:
+        gate_up, down = _mlp_views(f"{block}.shared_experts", tensor)
+        views["layers.moe.shared.gate_up"], views["layers.moe.shared.down"] = gate_up, down
+    if names.fused:
+        gate_up = tensor(f"{block}.experts.gate_up_proj")  # [E, 2 F, D]
+        gate_up = gate_up.reshape(len(gate_up), 2, -1, gate_up.shape[-1])
+        views["experts.w1"] = gate_up.transpose(0, 3, 1, 2)
+        views["experts.w2"] = tensor(f"{block}.experts.down_proj").transpose(0, 2, 1)
+        return views
+    pairs = [_mlp_views(f"{block}.experts.{e}", tensor, names) for e in range(config.num_experts)]
+    views["experts.w1"] = Stack([gate_up for gate_up, _ in pairs], axis=0)
+    views["experts.w2"] = Stack([down for _, down in pairs], axis=0)
+    return views
+
+
+def _mla_views(
+    c: ModelConfig, attention: str, tensor: Callable[[str], np.ndarray]
+) -> dict[str, View]:
+    views: dict[str, View] = {
+        "kv_a": tensor(f"{attention}.kv_a_proj_with_mqa.weight").T,
+        "kv_a_norm": tensor(f"{attention}.kv_a_layernorm.weight"),
     }
     by_head = (c.num_heads, c.qk_head_dim, -1)
     if c.q_lora_rank is None:
         q = tensor(f"{attention}.q_proj.weight").reshape(by_head)
-        views["layers.attention.q_proj"] = q.transpose(2, 0, 1)
+        views["q_proj"] = q.transpose(2, 0, 1)
     else:
-        views["layers.attention.q_a"] = tensor(f"{attention}.q_a_proj.weight").T
-        views["layers.attention.q_a_norm"] = tensor(f"{attention}.q_a_layernorm.weight")
+        views["q_a"] = tensor(f"{attention}.q_a_proj.weight").T
+        views["q_a_norm"] = tensor(f"{attention}.q_a_layernorm.weight")
         q = tensor(f"{attention}.q_b_proj.weight").reshape(by_head)
-        views["layers.attention.q_b"] = q.transpose(2, 0, 1)
+        views["q_b"] = q.transpose(2, 0, 1)
     kv_b = tensor(f"{attention}.kv_b_proj.weight").reshape(c.num_heads, -1, c.kv_lora_rank)
-    views["layers.attention.w_uk"] = kv_b[:, : c.qk_nope_head_dim]
-    views["layers.attention.w_uv"] = kv_b[:, c.qk_nope_head_dim :].transpose(0, 2, 1)
+    views["w_uk"] = kv_b[:, : c.qk_nope_head_dim]
+    views["w_uv"] = kv_b[:, c.qk_nope_head_dim :].transpose(0, 2, 1)
     out = tensor(f"{attention}.o_proj.weight").reshape(-1, c.num_heads, c.v_head_dim)
-    views["layers.attention.out"] = out.transpose(1, 2, 0)
-    if kind == "dense":
-        views["layers.mlp.gate_up"], views["layers.mlp.down"] = _mlp_views(f"{layer}.mlp", tensor)
-        return views
-    views["layers.moe.router.weight"] = tensor(f"{layer}.mlp.gate.weight").T
-    if c.router_bias:
-        views["layers.moe.router.bias"] = tensor(f"{layer}.mlp.gate.e_score_correction_bias")
-    if c.num_shared_experts:
-        gate_up, down = _mlp_views(f"{layer}.mlp.shared_experts", tensor)
-        views["layers.moe.shared.gate_up"], views["layers.moe.shared.down"] = gate_up, down
-    pairs = [_mlp_views(f"{layer}.mlp.experts.{e}", tensor) for e in range(c.num_experts)]
-    views["experts.w1"] = Stack([gate_up for gate_up, _ in pairs], axis=0)
-    views["experts.w2"] = Stack([down for _, down in pairs], axis=0)
+    views["out"] = out.transpose(1, 2, 0)
+    return views
+
+
+def _gqa_views(
+    c: ModelConfig, attention: str, tensor: Callable[[str], np.ndarray]
+) -> dict[str, View]:
+    q, k, v = (tensor(f"{attention}.{name}_proj.weight") for name in "qkv")
+
+    def by_head(weight: np.ndarray) -> np.ndarray:  # [heads * d, D] -> [D, heads, d]
+        return weight.reshape(-1, c.head_dim, c.hidden_size).transpose(2, 0, 1)
+
+    out = tensor(f"{attention}.o_proj.weight").reshape(-1, c.num_heads, c.head_dim)
+    views: dict[str, View] = {
+        "q_proj": by_head(q),
+        "kv_proj": Stack([by_head(k), by_head(v)], axis=1),
+        "out": out.transpose(1, 2, 0),
+    }
+    if c.qkv_bias:
+        q, k, v = (tensor(f"{attention}.{n}_proj.bias").reshape(-1, c.head_dim) for n in "qkv")
+        views["q_bias"], views["kv_bias"] = q, Stack([k, v], axis=0)
+    for name in ("q_norm", "k_norm") if c.qk_norm is not None else ():
+        norm = tensor(f"{attention}.{name}.weight")
+        views[name] = norm if c.qk_norm == "head" else norm.reshape(-1, c.head_dim)
     return views
 
 

@@ -23,8 +23,8 @@ class Comm(Protocol):
         """Finish a matmul whose contracted dimension (heads, dense width, vocabulary) is cut."""
         ...
 
-    def first_vocab_row(self, local_rows: int) -> int | jax.Array:
-        """The vocabulary id of this device's first embedding row, of `local_rows` rows."""
+    def first_row(self, local_rows: int) -> int | jax.Array:
+        """Where this device's `local_rows` rows begin, of a dimension cut like the vocabulary."""
         ...
 
     def gather_vocab(self, logits: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ class SingleDevice:
     def sum_heads(self, x: jax.Array) -> jax.Array:
         return x
 
-    def first_vocab_row(self, local_rows: int) -> int:
+    def first_row(self, local_rows: int) -> int:
         return 0
 
     def gather_vocab(self, logits: jax.Array) -> jax.Array:

@@ -14,36 +14,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-ARCHITECTURES = {
-    "DeepseekV2ForCausalLM": "deepseek_v2",
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-}
-"""Supported `architectures` entries and the model type each stands for."""
+from model.architectures import (
+    ROUTER_METHODS,
+    Architecture,
+    AttentionKind,
+    ExpertNames,
+    QKNorm,
+    UnsupportedModelError,
+    find_architecture,
+)
+from model.rope_scaling import (
+    RopeScaling,
+    YarnConfig,
+    read_rope_scaling,
+    rope_parameters,
+    yarn_mscale,
+)
+
+__all__ = ["LayerKind", "ModelConfig", "UnsupportedModelError"]
 
 LayerKind = Literal["dense", "moe"]
 
 
-class UnsupportedModelError(ValueError):
-    """The checkpoint asks for something this package does not compute; the message names it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class YarnConfig:
-    """YaRN context extension (Peng et al. 2023, arXiv:2309.00071), as DeepSeek uses it."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One MLA transformer: dense layers and mixture-of-experts layers in any order.
+    """One transformer: dense layers and mixture-of-experts layers in any order.
 
     Attributes:
+        attention: "mla" (multi-head latent attention) or "gqa" (keys and values of
+            `num_kv_heads` heads are cached; MHA where that is `num_heads`).
+        head_dim: width of a head under GQA; 0 under MLA, which has the five widths below.
+        qkv_bias, qk_norm: of GQA; the norm is over each head or over the whole projection.
+        rotary_dim: how much of a head is rotated, from its start (MLA: the rope part R).
         q_lora_rank: width of the query latent (Q); None projects queries directly.
         kv_lora_rank: width of the cached latent (C).
         num_experts: routed experts (E) of a MoE layer; 0 in a dense model.
@@ -53,18 +55,29 @@ class ModelConfig:
         group_score: a group's score, its best expert (V2) or the sum of its two best (V3).
         normalize_weights: divide the chosen experts' weights by their sum.
         routed_scaling: factor on the chosen experts' weights.
+        expert_names: where a checkpoint keeps its experts, see `model.checkpoint`.
+        query_scale_beta, query_scale_period: queries are multiplied by
+            1 + beta ln(1 + floor(position / period)), as in Llama 4; no scaling with beta 0.
+        embedding_scale, residual_scale, logits_divisor: constant factors (MiniCPM).
+        sliding_window: attention is exact for contexts up to this only; None for any.
+        max_position_embeddings: the longest context.
     """
 
     vocab_size: int
     hidden_size: int
     layer_kinds: tuple[LayerKind, ...]
     num_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
     intermediate_size: int
+    rotary_dim: int
+    attention: AttentionKind = "mla"
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    qkv_bias: bool = False
+    qk_norm: QKNorm | None = None
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    v_head_dim: int = 0
     moe_intermediate_size: int = 0
     num_experts: int = 0
     num_experts_per_token: int = 0
@@ -76,10 +89,17 @@ class ModelConfig:
     group_score: Literal["max", "top2"] = "max"
     normalize_weights: bool = False
     routed_scaling: float = 1.0
+    expert_names: ExpertNames = "mlp"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_interleaved: bool = True
-    yarn: YarnConfig | None = None
+    rope_scaling: RopeScaling | None = None
+    query_scale_beta: float = 0.0
+    query_scale_period: int = 1
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+    sliding_window: int | None = None
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -92,14 +112,18 @@ class ModelConfig:
         return len(self.layer_kinds)
 
     @property
+    def is_mla(self) -> bool:
+        return self.attention == "mla"
+
+    @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key of one head, both parts."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        """Width of a query or key of one head (MLA: both parts)."""
+        return self.qk_nope_head_dim + self.rotary_dim if self.is_mla else self.head_dim
 
     @property
     def latent_dim(self) -> int:
-        """Numbers cached per token and layer: latent and shared rope key (C + R)."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+        """Numbers that MLA caches per token and layer: latent and shared rope key (C + R)."""
+        return self.kv_lora_rank + self.rotary_dim
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -119,10 +143,12 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """Softmax scale: (nope + rope)^-1/2, times YaRN's m(mscale_all_dim) squared."""
+        """Softmax scale: (head width)^-1/2; MLA with YaRN times m(mscale_all_dim) squared."""
         scale = self.qk_head_dim**-0.5
-        if self.yarn is not None and self.yarn.mscale_all_dim:
-            scale *= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
+        if self.is_mla and isinstance(self.rope_scaling, YarnConfig):
+            yarn = self.rope_scaling
+            if yarn.mscale_all_dim:
+                scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
         return scale
 
     @classmethod
@@ -150,9 +176,9 @@ class ModelConfig:
         Raises:
             UnsupportedModelError: architecture or option not supported, or a key is missing.
         """
-        architecture = _architecture(hf)
+        architecture, row = find_architecture(hf)
         try:
-            return _from_deepseek(hf, ARCHITECTURES[architecture])
+            return _translate(hf, architecture, row)
         except KeyError as error:
             raise UnsupportedModelError(
                 f"config.json of this {architecture} lacks the key {error}."
@@ -163,128 +189,194 @@ class ModelConfig:
             ) from None
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's m(x) = 0.1 x ln(factor) + 1 (1 for factors up to 1)."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _architecture(hf: Mapping[str, Any]) -> str:
-    names = hf.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return str(name)
-    found = ", ".join(map(str, names)) or f"model_type {hf.get('model_type')}"
-    raise UnsupportedModelError(
-        f"Architecture {found} is not supported; supported are {', '.join(ARCHITECTURES)}."
-    )
-
-
-def _from_deepseek(hf: Mapping[str, Any], model_type: str) -> ModelConfig:
-    v3 = model_type == "deepseek_v3"
-    _refuse_unsupported(hf)
-    num_experts = hf.get("n_routed_experts") or 0
-    method = hf.get("topk_method") or ("noaux_tc" if v3 else "greedy")
-    scoring = hf.get("scoring_func") or ("sigmoid" if v3 else "softmax")
-    known = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
-    if num_experts and known.get(method) != scoring:
-        raise UnsupportedModelError(
-            f"Router topk_method {method} with scoring_func {scoring} is not supported; supported "
-            f"are {', '.join(f'{m} with {s}' for m, s in known.items())}."
-        )
-    grouped = num_experts > 0 and method != "greedy"
-    num_groups = (hf.get("n_group") or 1) if grouped else 1
-    if num_experts % num_groups:
-        raise UnsupportedModelError(
-            f"n_routed_experts {num_experts} is not a multiple of n_group {num_groups}."
-        )
-    if v3 and num_experts and num_experts // num_groups < 2:
-        raise UnsupportedModelError(
-            f"n_group {num_groups} leaves groups of one expert; a group's score is the sum of two."
-        )
-    normalize = bool(hf.get("norm_topk_prob", v3))
-    if not v3 and normalize and hf.get("routed_scaling_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(
-            "norm_topk_prob together with routed_scaling_factor is ambiguous for DeepSeek-V2 "
-            "(implementations differ), so it is not supported."
-        )
-    eos = hf.get("eos_token_id")
+def _translate(hf: Mapping[str, Any], architecture: str, row: Architecture) -> ModelConfig:
+    _refuse_unsupported(hf, architecture, row)
+    attention = _mla(hf) if row.attention == "mla" else _gqa(hf, row)
+    moe = _moe(hf, row)
+    rope_scaling, longest = read_rope_scaling(hf, attention["rotary_dim"])
+    eos, rope = hf.get("eos_token_id"), rope_parameters(hf)
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
-        layer_kinds=_layer_kinds(hf, num_experts),
+        layer_kinds=_layer_kinds(hf, row, moe.get("num_experts", 0)),
         num_heads=hf["num_attention_heads"],
-        q_lora_rank=hf.get("q_lora_rank"),
-        kv_lora_rank=hf["kv_lora_rank"],
-        qk_nope_head_dim=hf["qk_nope_head_dim"],
-        qk_rope_head_dim=hf["qk_rope_head_dim"],
-        v_head_dim=hf["v_head_dim"],
         intermediate_size=hf["intermediate_size"],
-        moe_intermediate_size=hf["moe_intermediate_size"] if num_experts else 0,
-        num_experts=num_experts,
-        num_experts_per_token=hf["num_experts_per_tok"] if num_experts else 0,
-        num_shared_experts=(hf.get("n_shared_experts") or 0) if num_experts else 0,
-        scoring=scoring,
-        router_bias=v3,
-        num_groups=num_groups,
-        topk_groups=(hf.get("topk_group") or 1) if grouped else 1,
-        group_score="top2" if v3 else "max",
-        normalize_weights=normalize,
-        routed_scaling=float(hf.get("routed_scaling_factor", 1.0)),
+        attention=row.attention,
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_interleaved=hf.get("rope_interleave", True),
-        max_position_embeddings=hf["max_position_embeddings"],
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or row.rope_theta),
+        rope_interleaved=row.rope_interleaved and bool(hf.get("rope_interleave", True)),
+        rope_scaling=rope_scaling,
+        sliding_window=_sliding_window(hf, row),
+        max_position_embeddings=longest,
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch."),
-        model_type=model_type,
-        **_rope(hf),
+        model_type=str(hf.get("model_type") or row.model_types[0]),
+        **attention,
+        **moe,
+        **(_scales(hf) if row.scaled else {}),
     )
 
 
-def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+def _refuse_unsupported(hf: Mapping[str, Any], architecture: str, row: Architecture) -> None:
     """Options that change the numbers and that nothing here computes."""
-    if hf.get("attention_bias"):
-        raise UnsupportedModelError("attention_bias true is not supported for MLA models.")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"hidden_act {hf['hidden_act']} is not supported, only silu.")
+    for key, only in {**row.options, "hidden_act": "silu"}.items():
+        if hf.get(key) is not None and hf[key] != only:
+            raise UnsupportedModelError(
+                f"{key} {json.dumps(hf[key])} is not supported for {architecture}, only "
+                f"{json.dumps(only)}."
+            )
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method")
         raise UnsupportedModelError(f"Quantised checkpoints ({method}) are not supported yet.")
     if "index_topk" in hf:
         raise UnsupportedModelError("Sparse attention (index_topk) is not supported.")
+    if any(kind != 1 for kind in hf.get("attn_type_list") or ()):
+        raise UnsupportedModelError(
+            "Linear attention (attn_type_list with anything but 1) is not supported."
+        )
 
 
-def _layer_kinds(hf: Mapping[str, Any], num_experts: int) -> tuple[LayerKind, ...]:
-    """Dense first layers, then every `moe_layer_freq`-th layer has experts."""
-    first_dense = hf.get("first_k_dense_replace", 0)
-    freq = hf.get("moe_layer_freq", 1)
+def _mla(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The widths of multi-head latent attention, and Llama 4's query scaling."""
+    rope, nope = hf["qk_rope_head_dim"], hf["qk_nope_head_dim"]
+    keys = rope_parameters(hf)
+    partial = keys.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    # Both mean "all of the rope part", which is the whole of its own head or of the key.
+    if partial is not None and partial not in (1, rope / (rope + nope)):
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {partial} is not supported for MLA, whose rope part is "
+            "qk_rope_head_dim."
+        )
+    beta = float(keys.get("llama_4_scaling_beta") or 0.0)
+    return {
+        "rotary_dim": rope,
+        "q_lora_rank": hf.get("q_lora_rank"),
+        "kv_lora_rank": hf["kv_lora_rank"],
+        "qk_nope_head_dim": nope,
+        "v_head_dim": hf.get("v_head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "query_scale_beta": beta,
+        "query_scale_period": int(keys["original_max_position_embeddings"]) if beta else 1,
+    }
+
+
+def _gqa(hf: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
+    """Heads and widths of ordinary attention."""
+    heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
+        )
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    partial = rope_parameters(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    rotary_dim = int(head_dim * (1 if partial is None else partial))
+    if partial is None and row.partial_rotary:
+        rotary_dim = hf.get("rotary_dim") or head_dim
+    if rotary_dim != head_dim and not row.partial_rotary:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {partial} is not supported for {row.model_types[0]} models."
+        )
+    return {
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "rotary_dim": rotary_dim,
+        "qkv_bias": row.qkv_bias,
+        "qk_norm": row.qk_norm,
+    }
+
+
+def _moe(hf: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
+    """Router and experts; {} for a dense model."""
+    keys = ("n_routed_experts", "num_local_experts", "num_experts")
+    num_experts = next((hf[key] for key in keys if hf.get(key)), 0)
+    if row.router is None or not num_experts:
+        return {}
+    method = row.router
+    if isinstance(method, str):
+        name = hf.get("topk_method") or method
+        scoring = hf.get("scoring_func")
+        if name not in ROUTER_METHODS or scoring not in (None, ROUTER_METHODS[name].scoring):
+            known = ", ".join(f"{n} with {m.scoring}" for n, m in ROUTER_METHODS.items())
+            raise UnsupportedModelError(
+                f"Router topk_method {name} with scoring_func {scoring} is not supported; "
+                f"supported are {known}."
+            )
+        method = ROUTER_METHODS[name]
+    elif hf.get("scoring_func") not in (None, method.scoring):
+        raise UnsupportedModelError(
+            f"scoring_func {hf['scoring_func']} is not supported here, only {method.scoring}."
+        )
+    num_groups = (hf.get("n_group") or 1) if method.grouped else 1
+    if num_experts % num_groups:
+        raise UnsupportedModelError(
+            f"n_routed_experts {num_experts} is not a multiple of n_group {num_groups}."
+        )
+    if method.group_score == "top2" and num_experts // num_groups < 2:
+        raise UnsupportedModelError(
+            f"n_group {num_groups} leaves groups of one expert; a group's score is the sum of two."
+        )
+    normalize = bool(hf.get("norm_topk_prob", row.normalize))
+    scaling = float(hf.get("routed_scaling_factor") or 1.0)
+    if row.model_types == ("deepseek_v2",) and normalize and scaling != 1.0:
+        raise UnsupportedModelError(
+            "norm_topk_prob together with routed_scaling_factor is ambiguous for DeepSeek-V2 "
+            "(implementations differ), so it is not supported."
+        )
+    return {
+        "num_experts": num_experts,
+        "moe_intermediate_size": hf[row.expert_width],
+        "num_experts_per_token": hf["num_experts_per_tok"],
+        "num_shared_experts": hf.get("n_shared_experts") or 0,
+        "scoring": method.scoring,
+        "router_bias": method.bias,
+        "num_groups": num_groups,
+        "topk_groups": (hf.get("topk_group") or 1) if method.grouped else 1,
+        "group_score": method.group_score,
+        "normalize_weights": normalize,
+        "routed_scaling": scaling,
+        "expert_names": row.expert_names,
+    }
+
+
+def _layer_kinds(
+    hf: Mapping[str, Any], row: Architecture, num_experts: int
+) -> tuple[LayerKind, ...]:
+    """Which layers have experts: listed one by one, or dense first ones, or every n-th one."""
+    layers, listed = range(hf["num_hidden_layers"]), hf.get("mlp_layer_types")
+    if not num_experts:
+        return tuple("dense" for _ in layers)
+    if listed:
+        return tuple("moe" if listed[i] == "sparse" else "dense" for i in layers)
+    first_dense = hf.get("first_k_dense_replace", row.first_dense)
+    freq, step = hf.get("moe_layer_freq", 1), hf.get("decoder_sparse_step", 1)
+    dense_only = hf.get("mlp_only_layers") or ()
     return tuple(
-        "moe" if num_experts and i >= first_dense and i % freq == 0 else "dense"
-        for i in range(hf["num_hidden_layers"])
+        "moe"
+        if i >= first_dense and i % freq == 0 and (i + 1) % step == 0 and i not in dense_only
+        else "dense"
+        for i in layers
     )
 
 
-def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `yarn`, from either dialect."""
-    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return {"rope_theta": float(theta), "yarn": None}
-    if kind != "yarn":
-        raise UnsupportedModelError(f"Rope scaling of type {kind} is not supported, only yarn.")
-    original = scaling.get("original_max_position_embeddings")
-    if original is None:
-        raise UnsupportedModelError("YaRN needs original_max_position_embeddings.")
-    both_mscales = bool(scaling.get("mscale") and scaling.get("mscale_all_dim"))
-    yarn = YarnConfig(
-        factor=float(scaling["factor"]),
-        original_max_position_embeddings=int(original),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        # transformers uses mscale only where both are given.
-        mscale=float(scaling["mscale"]) if both_mscales else 1.0,
-        mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
-    )
-    return {"rope_theta": float(theta), "yarn": yarn}
+def _sliding_window(hf: Mapping[str, Any], row: Architecture) -> int | None:
+    """The window, where any layer has one."""
+    if row.sliding_window is None:
+        return None
+    if row.sliding_window == "flag":
+        first = hf.get("max_window_layers")
+        if not hf.get("use_sliding_window") or (first or 0) >= hf["num_hidden_layers"]:
+            return None
+    return hf.get("sliding_window", row.default_window)
+
+
+def _scales(hf: Mapping[str, Any]) -> dict[str, float]:
+    """MiniCPM's factors; its class has defaults, and null means none."""
+    layers, width = hf["num_hidden_layers"], hf["hidden_size"]
+    depth, base = hf.get("scale_depth", 1.4), hf.get("dim_model_base", 256)
+    return {
+        "embedding_scale": float(hf.get("scale_emb", 12)),
+        "residual_scale": 1.0 if depth is None else depth / math.sqrt(layers),
+        "logits_divisor": 1.0 if base is None else width / base,
+    }

@@ -1,6 +1,6 @@
 """Small parts: parameters with logical axes, RMSNorm, SwiGLU, embedding and LM head.
 
-A parameter names its dimensions in `axes` metadata ("heads", "vocab", "mlp", "experts",
+A parameter names its dimensions in `axes` metadata ("heads", "kv_heads", "vocab", "mlp", "experts",
 "expert_mlp", or None for a dimension that is never cut); `sharding` turns the names into specs.
 """
 
@@ -14,7 +14,7 @@ from flax import nnx
 
 from model.comm import Comm
 
-Axis = Literal["heads", "vocab", "mlp", "experts", "expert_mlp"] | None
+Axis = Literal["heads", "kv_heads", "vocab", "mlp", "experts", "expert_mlp"] | None
 INIT_STD = 0.02
 """Standard deviation of freshly drawn matrices: small enough that random routers route evenly."""
 
@@ -41,9 +41,9 @@ class ParamFactory:
         )
         return self._param(value, axes)
 
-    def ones(self, size: int) -> nnx.Param:
+    def ones(self, *shape: int, axes: tuple[Axis, ...] = (None,)) -> nnx.Param:
         """Norm weights."""
-        return self._param(jnp.ones((*self.lead, size), self.dtype), (None,))
+        return self._param(jnp.ones((*self.lead, *shape), self.dtype), axes)
 
     def zeros_f32(self, size: int) -> nnx.Param:
         """A float32 vector, whatever the model's dtype (the router's correction bias)."""
@@ -79,7 +79,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array, comm: Comm) -> jax.Array:
         """i32 [T] -> [T, D]: each device looks up the rows it has, the sum is complete."""
         weight = self.weight[...]
-        local = tokens - comm.first_vocab_row(weight.shape[0])
+        local = tokens - comm.first_row(weight.shape[0])
         here = (local >= 0) & (local < weight.shape[0])
         rows = weight[jnp.where(here, local, 0)]
         return comm.sum_heads(jnp.where(here[:, None], rows, 0))

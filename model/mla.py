@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.batch import ForwardBatch, Rows
+from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
 from model.ops.mla_attention import decode_attention, extend_attention
-from model.rope import apply_rope
+from model.rope import apply_rope, query_scale
 
 LATENT_NORM_EPS = 1e-6
 """DeepSeek's q_a and kv_a norms use this whatever rms_norm_eps says."""
@@ -40,13 +41,20 @@ class MLAttention(nnx.Module):
         self.out = make.normal((num_heads, c.v_head_dim, width), ("heads", None, None))
         self.config = config
 
-    def queries(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[T, D] -> q_nope [T, H, nope] and rotated q_rope [T, H, R] of the local heads."""
+    def queries(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """[T, D] -> q_nope [T, H, nope] and rotated q_rope [T, H, R] of the local heads.
+
+        positions i32 [T] count where queries are scaled by position.
+        """
         if self.config.q_lora_rank is None:
             q = jnp.einsum("td,dhk->thk", x, self.q_proj[...])
         else:
             latent = rms_norm(x @ self.q_a[...], self.q_a_norm[...], LATENT_NORM_EPS)
             q = jnp.einsum("tq,qhk->thk", latent, self.q_b[...])
+        if self.config.query_scale_beta:
+            q = q * query_scale(self.config, positions)[:, None, None].astype(q.dtype)
         nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return nope, apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
 
@@ -66,6 +74,7 @@ class MLAttention(nnx.Module):
         rows: Rows,
         cos: jax.Array,
         sin: jax.Array,
+        comm: Comm,
     ) -> tuple[jax.Array, jax.Array]:
         """Write the rows' latents into the pool, then attend.
 
@@ -74,11 +83,11 @@ class MLAttention(nnx.Module):
             kv: [L, N, S, C + R], this slice's pool; layer: i32, this layer's index in it.
 
         Returns:
-            [T, D], a partial sum over the local heads, and the updated pool.
+            [T, D], complete, and the updated pool.
         """
         latents = self.latents(x, cos, sin)
         kv = kv.at[layer, rows.pages, rows.offsets].set(latents.astype(kv.dtype))
-        q_nope, q_rope = self.queries(x, cos, sin)
+        q_nope, q_rope = self.queries(x, cos, sin, rows.positions)
         scale, b = self.config.attention_scale, batch.num_decode_rows
         parts = []
         if b:
@@ -110,7 +119,7 @@ class MLAttention(nnx.Module):
                 )
             )
         attended = jnp.concatenate(parts)  # [T, H, V]
-        return jnp.einsum("thv,hvd->td", attended, self.out[...]), kv
+        return comm.sum_heads(jnp.einsum("thv,hvd->td", attended, self.out[...])), kv
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """The definition, on whole sequences: [batch, T, D] -> [batch, T, D], causal.
@@ -118,7 +127,8 @@ class MLAttention(nnx.Module):
         cos and sin are f32 [T, R / 2]. Differentiable; used for training and as a reference.
         """
         c = self.config
-        q_nope, q_rope = jax.vmap(self.queries, (0, None, None))(x, cos, sin)
+        positions = jnp.arange(x.shape[1])
+        q_nope, q_rope = jax.vmap(self.queries, (0, None, None, None))(x, cos, sin, positions)
         latents = jax.vmap(self.latents, (0, None, None))(x, cos, sin)
         latent, k_rope = jnp.split(latents, [c.kv_lora_rank], axis=-1)
         k_nope = jnp.einsum("btc,hnc->bthn", latent, self.w_uk[...])

@@ -1,7 +1,8 @@
 """The whole-sequence forward pass without a cache: the definition, and what training uses.
 
-Naive MLA and every expert on every token, differentiable, on one device. It shares the modules
-(norms, projections, router) with the serving path and none of its batching, paging or grouping.
+Naive attention and every expert on every token, differentiable, on one device. It shares the
+modules (norms, projections, router) with the serving path and none of its batching, paging or
+grouping.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def forward(model: Transformer, tokens: jax.Array) -> tuple[jax.Array, jax.Array
     config, comm = model.config, SingleDevice()
     batch, t = tokens.shape
     cos, sin = rope_tables(config, jnp.arange(t))
-    x = model.embedding(tokens.reshape(-1), comm).reshape(batch, t, -1)
+    x = model.embed(tokens.reshape(-1), comm).reshape(batch, t, -1)
     counts = []
     for segment in model.segments:
         graph, stacked = nnx.split(segment.layers)
@@ -40,13 +41,13 @@ def forward(model: Transformer, tokens: jax.Array) -> tuple[jax.Array, jax.Array
             weights, experts = scanned
             layer: DecoderLayer = nnx.merge(graph, weights)
             normed = rms_norm(x, layer.attention_norm[...], config.rms_norm_eps)
-            x = x + layer.attention.naive(normed, cos, sin)
+            x = x + config.residual_scale * layer.attention.naive(normed, cos, sin)
             flat = rms_norm(x, layer.mlp_norm[...], config.rms_norm_eps).reshape(batch * t, -1)
             if kind == "dense":
                 y, count = layer.mlp(flat), jnp.zeros(0, jnp.int32)
             else:
                 y, count = _dense_moe(layer, experts["w1"][...], experts["w2"][...], flat)
-            return x + y.reshape(x.shape), count
+            return x + config.residual_scale * y.reshape(x.shape), count
 
         x, segment_counts = jax.lax.scan(one_layer, x, (stacked, experts))
         if segment.kind == "moe":

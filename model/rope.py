@@ -1,58 +1,39 @@
-"""Rotary position embedding, with YaRN, for the rope part of MLA queries and keys."""
+"""Rotary position embedding: the angles of every position, and rotating by them."""
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig, YarnConfig, yarn_mscale
+from model.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angle per position of each pair, float64 [R / 2].
-
-    With YaRN (arXiv:2309.00071, section 3.2, as published with DeepSeek-V2): pairs that turn less
-    than `beta_slow` times over the original context are interpolated by `factor`, those that turn
-    more than `beta_fast` times are kept, and those between are blended linearly.
-    """
-    dim = config.qk_rope_head_dim
-    kept = config.rope_theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    if config.yarn is None:
-        return kept
-    low, high = _blend_range(config.yarn, dim, config.rope_theta)
-    ramp = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
-    return kept / config.yarn.factor * ramp + kept * (1 - ramp)
-
-
-def _blend_range(yarn: YarnConfig, dim: int, theta: float) -> tuple[float, float]:
-    """First and last pair of the blend, as indices."""
-
-    def pair_turning(turns: float) -> float:
-        context = yarn.original_max_position_embeddings
-        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
-    return low, high if high != low else high + 0.001
+    """Angle per position of each pair, float64 [R / 2]."""
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
+    plain = config.rope_theta**-exponents
+    if config.rope_scaling is None:
+        return plain
+    return config.rope_scaling.frequencies(plain, config.rope_theta)
 
 
 def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every pair's angle, f32 [T, R / 2] each, for positions i32 [T].
 
-    With YaRN both carry the factor m(mscale) / m(mscale_all_dim).
+    Both carry the factor of the scaling rule (YaRN's m(mscale) / m(mscale_all_dim)).
     """
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(
         inverse_frequencies(config), jnp.float32
     )
-    factor = 1.0
-    if config.yarn is not None:
-        factor = yarn_mscale(config.yarn.factor, config.yarn.mscale) / yarn_mscale(
-            config.yarn.factor, config.yarn.mscale_all_dim
-        )
+    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def query_scale(config: ModelConfig, positions: jax.Array) -> jax.Array:
+    """Llama 4's factor on the queries at positions i32 [T], f32 [T]."""
+    periods = positions // config.query_scale_period
+    return 1 + config.query_scale_beta * jnp.log1p(periods.astype(jnp.float32))
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:

@@ -16,7 +16,9 @@ from flax import nnx
 from model.batch import ForwardBatch, Rows, derive_rows, sampled_rows
 from model.comm import Comm
 from model.config import LayerKind, ModelConfig
-from model.layers import MLP, Embedding, LMHead, ParamFactory, rms_norm
+from model.gqa import GQAttention
+from model.heads import HeadSlots, head_slots
+from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, rms_norm
 from model.mla import MLAttention
 from model.moe import Experts, MoE
 from model.rope import rope_tables
@@ -27,10 +29,11 @@ class Sizes:
     """The dimensions that are cut over devices, padded to whole shares.
 
     Padding is zero weights: padded heads and widths add nothing, padded experts are never chosen,
-    padded vocabulary is cut off the logits.
+    padded vocabulary is cut off the logits. Under GQA `slots` says which head stands where.
     """
 
     heads: int
+    slots: HeadSlots | None
     vocab: int
     intermediate: int
     shared_intermediate: int
@@ -46,14 +49,29 @@ class Sizes:
         def up(size: int, group: int) -> int:
             return -(-size // group) * group
 
+        slots = (
+            None if config.is_mla else head_slots(config.num_heads, config.num_kv_heads, attn_tp)
+        )
         return cls(
-            heads=up(config.num_heads, attn_tp),
+            heads=up(config.num_heads, attn_tp) if slots is None else len(slots.query),
+            slots=slots,
             vocab=up(config.vocab_size, attn_tp),
             intermediate=up(config.intermediate_size, attn_tp),
             shared_intermediate=up(config.shared_intermediate_size, attn_tp),
             experts=up(config.num_experts, moe_ep),
             expert_intermediate=up(config.moe_intermediate_size, moe_tp),
         )
+
+
+def kv_entry(config: ModelConfig, sizes: Sizes) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
+    """Shape and logical axes of what the KV pool holds for one token and layer.
+
+    MLA: a latent and a rope key [C + R], which every device of a slice has; GQA: keys and values
+    [2, N, d] of N slots of heads.
+    """
+    if sizes.slots is None:
+        return (config.latent_dim,), (None,)
+    return (2, len(sizes.slots.kv), config.head_dim), (None, "kv_heads", None)
 
 
 class DecoderLayer(nnx.Module):
@@ -63,7 +81,10 @@ class DecoderLayer(nnx.Module):
         self, make: ParamFactory, config: ModelConfig, sizes: Sizes, kind: LayerKind
     ) -> None:
         self.attention_norm = make.ones(config.hidden_size)
-        self.attention = MLAttention(make, config, sizes.heads)
+        if sizes.slots is None:
+            self.attention = MLAttention(make, config, sizes.heads)
+        else:
+            self.attention = GQAttention(make, config, sizes.slots)
         self.mlp_norm = make.ones(config.hidden_size)
         if kind == "dense":
             self.mlp = MLP(make, config.hidden_size, sizes.intermediate)
@@ -114,9 +135,14 @@ class Transformer(nnx.Module):
             self.lm_head = LMHead(make, sizes.vocab, config.hidden_size)
         self.config = config
 
+    def embed(self, tokens: jax.Array, comm: Comm) -> jax.Array:
+        """i32 [T] -> [T, D]."""
+        return _scaled(self.embedding(tokens, comm), self.config.embedding_scale)
+
     def logits(self, x: jax.Array, comm: Comm) -> jax.Array:
         """Hidden rows [B, D] -> f32 [B, V]."""
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+        x = _scaled(x, 1 / self.config.logits_divisor)
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head
         return head.logits(x, comm)[:, : self.config.vocab_size]
 
@@ -126,7 +152,7 @@ class Transformer(nnx.Module):
         """One step of one dp slice.
 
         Args:
-            kv: [L, N, S, C + R], the slice's pool.
+            kv: [L, N, S, ...], this device's share of the slice's pool, see `kv_entry`.
             batch: its rows.
             comm: how this device meets the others.
             logit_rows: i32 [R], rows whose logits are wanted; default `sampled_rows(batch)`.
@@ -137,7 +163,7 @@ class Transformer(nnx.Module):
         config = self.config
         rows = derive_rows(batch, kv.shape[2])
         cos, sin = rope_tables(config, rows.positions)
-        x = self.embedding(rows.tokens, comm)
+        x = self.embed(rows.tokens, comm)
         counts, first_layer = [], 0
         for segment in self.segments:
             x, kv, segment_counts = _run_segment(
@@ -149,6 +175,11 @@ class Transformer(nnx.Module):
         x = x[sampled_rows(batch) if logit_rows is None else logit_rows]
         no_experts = jnp.zeros((0, config.num_experts), jnp.int32)
         return self.logits(x, comm), kv, jnp.concatenate([no_experts, *counts])
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a constant, which most models do not have."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def _run_segment(
@@ -164,7 +195,7 @@ def _run_segment(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scan the layers of a segment; also i32 [layers, E or 0], tokens per expert."""
     graph, stacked = nnx.split(segment.layers)
-    eps = segment.layers.config.rms_norm_eps
+    eps, scale = segment.layers.config.rms_norm_eps, segment.layers.config.residual_scale
 
     def one_layer(
         carry: tuple[jax.Array, jax.Array], scanned: tuple[nnx.State, jax.Array]
@@ -173,14 +204,14 @@ def _run_segment(
         weights, index = scanned
         layer: DecoderLayer = nnx.merge(graph, weights)
         normed = rms_norm(x, layer.attention_norm[...], eps)
-        attended, kv = layer.attention(normed, kv, first_layer + index, batch, rows, cos, sin)
-        x = x + comm.sum_heads(attended)
+        attended, kv = layer.attention(normed, kv, first_layer + index, batch, rows, cos, sin, comm)
+        x = x + _scaled(attended, scale)
         normed = rms_norm(x, layer.mlp_norm[...], eps)
         if segment.kind == "dense":
             y, counts = comm.sum_heads(layer.mlp(normed)), jnp.zeros(0, jnp.int32)
         else:
             y, counts = layer.moe(normed, rows.valid, segment.experts, index, comm)
-        return (x + y, kv), counts
+        return (x + _scaled(y, scale), kv), counts
 
     indices = jnp.arange(segment.num_layers, dtype=jnp.int32)
     (x, kv), counts = jax.lax.scan(one_layer, (x, kv), (stacked, indices))

@@ -24,7 +24,7 @@ class MeshComm:
     def sum_heads(self, x: jax.Array) -> jax.Array:
         return lax.psum(x, self.layout.attn_tp) if self.attn_tp > 1 else x
 
-    def first_vocab_row(self, local_rows: int) -> jax.Array:
+    def first_row(self, local_rows: int) -> jax.Array:
         return lax.axis_index(self.layout.attn_tp) * local_rows
 
     def gather_vocab(self, logits: jax.Array) -> jax.Array:

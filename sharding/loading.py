@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.checkpoint import Index, Stack, View, parameter_views, read_padded
+from model.checkpoint import Index, Select, Stack, View, parameter_views, read_padded
 from model.layers import INIT_STD
 from sharding.step import ModelSpec, ParamInfo
 
@@ -34,7 +34,14 @@ def load_weights(
         One array per entry of `spec.params`, in their dtype and sharding.
     """
     views = parameter_views(spec.config, tensor)
-    return [_load_param(p, views[p.path], mesh) for p in spec.params]
+    return [_load_param(p, [_select(p, v) for v in views[p.path]], mesh) for p in spec.params]
+
+
+def _select(param: ParamInfo, view: View) -> View:
+    """The view (of one layer) with copied and padded heads in place."""
+    for axis, entries in param.selected:
+        view = Select(view, axis - param.stacked, entries)
+    return view
 
 
 def _load_param(param: ParamInfo, views: Sequence[View], mesh: Mesh) -> jax.Array:
@@ -104,7 +111,11 @@ def _draw_param(param: ParamInfo, mesh: Mesh, key: jax.Array) -> jax.Array:
         if constant is not None:
             return jnp.full(shape, constant, param.dtype)
         values = INIT_STD * jax.random.normal(key, real, param.dtype)
-        return jnp.pad(values, [(0, n - m) for n, m in zip(shape, real, strict=True)])
+        for axis, entries in param.selected:
+            outside = values.shape[axis - lead]  # -1 would count from the end
+            index = jnp.array([outside if entry < 0 else entry for entry in entries])
+            values = jnp.take(values, index, axis - lead, mode="fill", fill_value=0)
+        return jnp.pad(values, [(0, n - m) for n, m in zip(shape, values.shape, strict=True)])
 
     if not param.stacked:
         return draw(key)

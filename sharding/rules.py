@@ -21,7 +21,7 @@ def role_of(axis: str | None, layout: Layout) -> Axes:
     match axis:
         case None:
             return ()
-        case "heads" | "vocab" | "mlp":
+        case "heads" | "kv_heads" | "vocab" | "mlp":
             return layout.attn_tp
         case "experts":
             return layout.moe_ep

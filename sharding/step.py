@@ -17,20 +17,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.checkpoint import parameter_path
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.transformer import Sizes, Transformer, kv_entry
 from sharding.layout import Layout
 from sharding.rules import padded_sizes, param_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamInfo:
-    """One parameter: where it stands, its padded and real shape, and how it is cut."""
+    """One parameter: where it stands, its padded and real shape, and how it is cut.
+
+    Attributes:
+        selected: (axis, entries) for each axis whose padded entries are not the real ones followed
+            by zeros, but those named, -1 for zeros (heads that are copied, see `model.heads`).
+    """
 
     path: str
     shape: tuple[int, ...]
     real_shape: tuple[int, ...]
     dtype: jnp.dtype
     spec: PartitionSpec
+    selected: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -52,7 +58,9 @@ class ModelSpec:
             )
 
         self.config, self.dtype, self.layout = config, dtype, layout
-        self._graph, state = abstract(padded_sizes(config, layout))
+        sizes = padded_sizes(config, layout)
+        self._kv_entry = kv_entry(config, sizes)
+        self._graph, state = abstract(sizes)
         real = nnx.to_flat_state(abstract(None)[1])
         flat = nnx.to_flat_state(state)
         self.params = [
@@ -62,6 +70,7 @@ class ModelSpec:
                 real_shape=real_variable.shape,
                 dtype=variable.dtype,
                 spec=param_spec(variable.get_metadata()["axes"], layout),
+                selected=_selected(variable.get_metadata()["axes"], real_variable.shape, sizes),
             )
             for (path, variable), (_, real_variable) in zip(flat, real, strict=True)
         ]
@@ -78,6 +87,18 @@ class ModelSpec:
     def specs(self) -> list[PartitionSpec]:
         return [p.spec for p in self.params]
 
+    def pool_shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
+        """[D, L, N, S, ...]: the KV pools of all slices."""
+        slices, layers = self.layout.num_slices, self.config.num_layers
+        return (slices, layers, num_pages, page_size, *self._kv_entry[0])
+
+    @property
+    def pool_spec(self) -> PartitionSpec:
+        """Cut over slices, and inside a slice by KV heads where there are any."""
+        return PartitionSpec(
+            self.layout.attn_dp, None, None, None, *param_spec(self._kv_entry[1], self.layout)
+        )
+
     def device_bytes(self) -> int:
         """Bytes of weights on each device (shares are equal by padding)."""
         mesh_sizes = dict(zip(self.layout.axis_names, self.layout.axis_sizes, strict=True))
@@ -91,6 +112,20 @@ class ModelSpec:
                 size *= dim
             total += size
         return total
+
+
+def _selected(
+    axes: Sequence[str | None], real_shape: Sequence[int], sizes: Sizes
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """`ParamInfo.selected` of a parameter with these logical axes."""
+    if sizes.slots is None:
+        return ()
+    entries = {"heads": sizes.slots.query, "kv_heads": sizes.slots.kv}
+    return tuple(
+        (i, entries[axis])
+        for i, axis in enumerate(axes)
+        if axis in entries and entries[axis] != tuple(range(real_shape[i]))
+    )
 
 
 def sharded(

@@ -12,6 +12,11 @@ import numpy as np
 
 DATA = Path(__file__).parent / "data"
 MLA_FIXTURES = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3")
+GQA_FIXTURES = ("llama", "qwen2", "qwen3")
+# Smaller ones (without tokenizers), made by scripts/make_reference.py.
+MLA_ARCHITECTURES = ("kimi_k2", "moonlight", "glm4_moe_lite", "youtu", "minicpm3", "mistral4")
+GQA_ARCHITECTURES = ("llama3", "mistral", "qwen2_yarn", "mixtral", "qwen3_moe", "minimax_m2")
+ARCHITECTURE_FIXTURES = (*MLA_ARCHITECTURES, *GQA_ARCHITECTURES)
 LOGIT_TOLERANCE = 2e-3
 
 # (tp, dp, ep): every case of the mesh, both ways round the middle axis.

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from model.batch import ForwardBatch
 from model.checkpoint import SafetensorsFolder
@@ -55,9 +55,9 @@ class MeshModel:
         self.weights = load_weights(self.spec, self.mesh, checkpoint.tensors.__getitem__)
         self.sizes = (decode_rows, prefill_rows, chunks)
         d = self.layout.num_slices
-        pool = (d, self.config.num_layers, NUM_PAGES, PAGE_SIZE, self.config.latent_dim)
+        pool, pool_spec = self.spec.pool_shape(NUM_PAGES, PAGE_SIZE), self.spec.pool_spec
         self.sharding = by_slice(self.mesh, self.layout)
-        self.kv = jax.device_put(jnp.zeros(pool, jnp.float32), self.sharding)
+        self.kv = jax.device_put(jnp.zeros(pool, jnp.float32), NamedSharding(self.mesh, pool_spec))
         comm = MeshComm(self.layout, exchange)
 
         def forward(weights, kv, batch):
@@ -68,12 +68,16 @@ class MeshModel:
 
         spec = PartitionSpec(self.layout.attn_dp)
         step = sharded(
-            forward, self.mesh, (self.spec.specs, spec, spec), (spec, spec, spec), donate=(1,)
+            forward,
+            self.mesh,
+            (self.spec.specs, pool_spec, spec),
+            (spec, pool_spec, spec),
+            donate=(1,),
         )
         batch = self._pack([SliceRows() for _ in range(d)])
         self.program = step.lower(
             [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params],
-            abstract_array(pool, jnp.float32, self.mesh, spec),
+            abstract_array(pool, jnp.float32, self.mesh, pool_spec),
             jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, self.mesh, spec), batch),
         ).compile()
 

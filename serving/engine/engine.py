@@ -118,8 +118,15 @@ def make_engine(config: ServerConfig) -> Engine:
     Raises:
         UnsupportedModelError, CheckpointError, LayoutError, ConfigError: the user's sentence.
     """
-    model = ModelConfig.from_folder(config.model_path)
-    runner = ModelRunner(config, model, resolve_layout(config))
+    model, layout = ModelConfig.from_folder(config.model_path), resolve_layout(config)
+    if layout.num_slices > 1 and not model.is_mla:
+        log.warning(
+            "DP attention gains little here: a %s model is not MLA, so tensor parallelism cuts its "
+            "KV cache by heads (%d of them) instead of copying it.",
+            model.model_type,
+            model.num_kv_heads,
+        )
+    runner = ModelRunner(config, model, layout)
     scheduler = Scheduler(
         num_slices=runner.layout.num_slices,
         slots_per_slice=runner.buckets.slots,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from model.checkpoint import SafetensorsFolder
 from model.config import ModelConfig
@@ -88,6 +88,11 @@ class ModelRunner:
                 f"--context-length {context} is longer than the model's "
                 f"{model.max_position_embeddings}."
             )
+        if model.sliding_window is not None and context > model.sliding_window:
+            raise ConfigError(
+                f"Sliding-window attention is not supported; this model is exact up to its window: "
+                f"--context-length {model.sliding_window} serves it, {context} does not."
+            )
         self.buckets = make_buckets(
             config, platform=self.platform, num_slices=layout.num_slices, max_context=context
         )
@@ -97,7 +102,8 @@ class ModelRunner:
         started = time.perf_counter()
         self._programs = self._compile_all()
         self._last_tokens = self._zeros((layout.num_slices, self.buckets.slots + 1), jnp.int32)
-        self._kv = self._zeros(self._pool_shape(self.num_pages), self.dtype)
+        pool = self.spec.pool_shape(self.num_pages, self.page_size)
+        self._kv = self._zeros(pool, self.dtype, self.spec.pool_spec)
         self._warm_up()
         self.compile_seconds = time.perf_counter() - started
         log.info("%d programs ready after %.1f s", len(self._programs), self.compile_seconds)
@@ -132,24 +138,19 @@ class ModelRunner:
         folder.check(self.model)
         return load_weights(self.spec, self.mesh, folder.tensors.__getitem__)
 
-    def _zeros(self, shape: Sequence[int], dtype: Any) -> jax.Array:
-        zeros = functools.partial(jnp.zeros, tuple(shape), dtype)
-        return jax.jit(zeros, out_shardings=self._by_slice)()
-
-    def _pool_shape(self, num_pages: int) -> tuple[int, ...]:
-        """[D, L, N, S, C + R], cut over slices and copied inside a slice: MLA has one KV head."""
-        return (
-            self.layout.num_slices,
-            self.model.num_layers,
-            num_pages,
-            self.page_size,
-            self.model.latent_dim,
-        )
+    def _zeros(
+        self, shape: Sequence[int], dtype: Any, spec: PartitionSpec | None = None
+    ) -> jax.Array:
+        """Zeros on the mesh, by slice if no spec is given."""
+        sharding = self._by_slice if spec is None else NamedSharding(self.mesh, spec)
+        return jax.jit(functools.partial(jnp.zeros, tuple(shape), dtype), out_shardings=sharding)()
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, all layers, on each device of its slice."""
-        return int(np.prod(self._pool_shape(1)[1:])) * self.dtype.itemsize
+        sharding = NamedSharding(self.mesh, self.spec.pool_spec)
+        page = sharding.shard_shape(self.spec.pool_shape(1, self.page_size))
+        return int(np.prod(page)) * self.dtype.itemsize
 
     def kv_bytes_per_device(self) -> int:
         """Bytes of the pool that the first device really holds."""
@@ -198,15 +199,16 @@ class ModelRunner:
         packed = array((slices, packing.width), jnp.int32)
         last = array((slices, slots + 1), jnp.int32)
         logits = array((slices, shape.sampled_rows, self.model.vocab_size), jnp.float32)
-        pool = array(self._pool_shape(num_pages), self.dtype)
+        pool_shape, pool_spec = self.spec.pool_shape(num_pages, self.page_size), self.spec.pool_spec
+        pool = abstract_array(pool_shape, self.dtype, self.mesh, pool_spec)
         weights = [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params]
         forward = sharded(
             functools.partial(
                 _forward, self.spec, MeshComm(self.layout, self.config.moe_a2a_backend), packing
             ),
             self.mesh,
-            (self.spec.specs, by_slice, by_slice, by_slice),
-            (by_slice, by_slice),
+            (self.spec.specs, pool_spec, by_slice, by_slice),
+            (by_slice, pool_spec),
             donate=(1,),
         )
         samplers = [
@@ -272,7 +274,7 @@ def _forward(
     last_tokens: jax.Array,
     packed: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits f32 [1, R, V] and the updated pool [1, L, N, S, C + R] of this device's slice."""
+    """Logits f32 [1, R, V] and the updated pool [1, L, N, S, ...] of this device's slice."""
     batch = packing.forward_batch(packed[0], last_tokens[0])
     logits, pool, _ = spec.merge(weights)(kv[0], batch, comm)
     return logits[None], pool[None]

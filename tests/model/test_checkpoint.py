@@ -19,7 +19,7 @@ from model.checkpoint import (
     read_padded,
 )
 from model.config import ModelConfig
-from tests.fixtures import DATA, MLA_FIXTURES
+from tests.fixtures import ARCHITECTURE_FIXTURES, DATA, GQA_FIXTURES, MLA_FIXTURES
 from tests.model.test_reference import load
 
 
@@ -60,7 +60,7 @@ def test_read_padded_gives_zeros_beyond_the_view():
             np.testing.assert_array_equal(got, whole[rows, columns])
 
 
-@pytest.mark.parametrize("name", MLA_FIXTURES)
+@pytest.mark.parametrize("name", [*MLA_FIXTURES, *GQA_FIXTURES, *ARCHITECTURE_FIXTURES])
 def test_export_gives_back_every_tensor(name):
     original = SafetensorsFolder(DATA / name).tensors
     exported = export_tensors(load(DATA / name))

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from model.config import ModelConfig, UnsupportedModelError, yarn_mscale
-from tests.fixtures import DATA, MLA_FIXTURES
+from model.config import ModelConfig, UnsupportedModelError
+from model.rope_scaling import yarn_mscale
+from tests.fixtures import ARCHITECTURE_FIXTURES, DATA, MLA_FIXTURES
 
 
 def hf(name="deepseek_v3", **changes):
@@ -53,7 +54,7 @@ def test_layers_are_dense_first_then_moe_and_runs_become_segments():
 
 def test_default_rope_has_no_yarn():
     config = ModelConfig.from_hf(hf(rope_scaling=None))
-    assert config.yarn is None
+    assert config.rope_scaling is None
     assert config.attention_scale == config.qk_head_dim**-0.5
 
 
@@ -61,7 +62,7 @@ def test_mscale_counts_only_where_both_are_given():
     scaling = {**hf()["rope_scaling"], "mscale": 0.5}
     del scaling["mscale_all_dim"]
     config = ModelConfig.from_hf(hf(rope_scaling=scaling))
-    assert (config.yarn.mscale, config.yarn.mscale_all_dim) == (1.0, 0.0)
+    assert (config.rope_scaling.mscale, config.rope_scaling.mscale_all_dim) == (1.0, 0.0)
     assert yarn_mscale(0.5, 1.0) == 1.0
 
 
@@ -85,6 +86,81 @@ def test_mscale_counts_only_where_both_are_given():
 def test_unsupported_options_are_named(changes, text):
     with pytest.raises(UnsupportedModelError, match=text):
         ModelConfig.from_hf(hf(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias true is not supported for Llama"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("kimi_k2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("llama3", {"rope_scaling": {"type": "llama3", "factor": 2}}, "llama3 needs original"),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type"),
+        ("minimax_m2", {"attn_type_list": [0, 1]}, "attn_type_list"),
+        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func softmax"),
+        ("qwen2_yarn", {"rope_scaling": {"type": "ntk"}}, "supported are default, linear"),
+    ],
+)
+def test_unsupported_options_of_other_architectures_are_named(name, changes, text):
+    with pytest.raises(UnsupportedModelError, match=text):
+        ModelConfig.from_hf(hf(name, **changes))
+
+
+def test_an_unknown_architecture_is_told_what_there_is():
+    with pytest.raises(UnsupportedModelError, match=r"LongcatFlash.*DeepseekV2.*MiniMaxM2"):
+        ModelConfig.from_hf(hf(architectures=["LongcatFlashForCausalLM"]))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "kimi_k2", "minicpm3", "llama", "minimax_m2"])
+def test_the_model_type_will_do_without_an_architecture(name):
+    assert ModelConfig.from_hf(hf(name, architectures=None)) == ModelConfig.from_hf(hf(name))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_FIXTURES)
+def test_both_dialects_say_the_same(name):
+    data = hf(name)
+    other = {k: v for k, v in data.items() if not k.startswith("rope_") and "dtype" not in k}
+    other["rope_interleave"] = data.get("rope_interleave", True)
+    if "rope_parameters" in data:
+        scaling = dict(data["rope_parameters"])
+        other |= {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": data["dtype"]}
+        kind = scaling.pop("rope_type")
+        other["rope_scaling"] = None if kind == "default" else {**scaling, "type": kind}
+    else:
+        scaling = dict(data["rope_scaling"] or {"type": "default"})
+        kind = scaling.pop("type")
+        theta = data["rope_theta"]
+        other["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": theta}
+        other["dtype"] = data["torch_dtype"]
+    assert ModelConfig.from_hf(other) == ModelConfig.from_hf(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "window"),
+    [
+        ("mistral", {}, None),
+        ("mistral", {"sliding_window": 64}, 64),
+        ("mixtral", {"sliding_window": 64}, 64),
+        ("llama", {"sliding_window": 64}, None),  # not a key of Llama's
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, 64),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, None),
+    ],
+)
+def test_sliding_windows(name, changes, window):
+    assert ModelConfig.from_hf(hf(name, **changes)).sliding_window == window
+
+
+def test_longrope_is_exact_up_to_its_original_context_only():
+    data = hf("minicpm3")
+    assert ModelConfig.from_hf(data).max_position_embeddings == 160
+    rope = data["rope_parameters"]
+    equal = {**rope, "long_factor": rope["short_factor"]}
+    assert ModelConfig.from_hf({**data, "rope_parameters": equal}).max_position_embeddings == 512
+    with pytest.raises(UnsupportedModelError, match="4 short_factor"):
+        ModelConfig.from_hf({**data, "rope_parameters": {**rope, "short_factor": [1.0]}})
 
 
 def test_a_missing_key_is_named():

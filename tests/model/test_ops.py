@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.ops import gqa_attention
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.mla_attention import decode_attention, extend_attention
 
@@ -114,6 +115,46 @@ def test_extend_attention_over_prefixes_and_chunks(rows, chunks):
         np.testing.assert_allclose(
             out[mine], np.einsum("hmt,htv->mhv", p, v), atol=3e-5, err_msg=f"chunk {i}"
         )
+
+
+KV_HEADS, GROUP, HEAD = 2, 3, 10
+
+
+def test_gqa_decode_over_ragged_lengths():
+    lengths = [1, 16, 17, 0, 128, 129, 500]
+    kv = random(0, LAYERS, PAGES, PAGE_SIZE, 2, KV_HEADS, HEAD)
+    tables = tables_for(lengths, 1)
+    q = random(2, len(lengths), KV_HEADS, GROUP, HEAD)
+    out = jax.jit(gqa_attention.decode_attention, static_argnames="scale")(
+        q, jnp.asarray(kv), jnp.int32(1), tables, jnp.array(lengths), scale=SCALE
+    )
+    for i, length in enumerate(lengths):
+        entries = kv[1][tables[i]].reshape(-1, 2, KV_HEADS, HEAD)[:length]
+        scores = np.einsum("ngk,tnk->ngt", q[i], entries[:, 0]) * SCALE
+        want = np.einsum("ngt,tnk->ngk", softmax(scores), entries[:, 1]) if length else 0 * q[i]
+        np.testing.assert_allclose(out[i], want, atol=2e-5)
+
+
+def test_gqa_extend_over_prefixes_and_chunks():
+    rows, chunks = 300, [(0, 5), (130, 140), (7, 1)]  # (start, rows)
+    kv = random(0, LAYERS, PAGES, PAGE_SIZE, 2, KV_HEADS, HEAD)
+    tables = tables_for([start + n for start, n in chunks] + [0], 1)
+    q = random(2, rows, KV_HEADS, GROUP, HEAD)
+    first, counts, starts = np.array([[0, 5, 145, rows], [5, 140, 1, 0], [0, 130, 7, 0]], np.int32)
+    out = np.asarray(
+        jax.jit(gqa_attention.extend_attention, static_argnames="scale")(
+            q, jnp.asarray(kv), jnp.int32(1), tables, first, counts, starts, scale=SCALE
+        )
+    )
+    assert (out[146:] == 0).all()
+    for i, (start, n) in enumerate(chunks):
+        entries = kv[1][tables[i]].reshape(-1, 2, KV_HEADS, HEAD)[: start + n]
+        mine = slice(first[i], first[i] + n)
+        scores = np.einsum("mngk,tnk->mngt", q[mine], entries[:, 0]) * SCALE
+        seen = np.arange(start + n)[None] <= (start + np.arange(n))[:, None]
+        p = softmax(np.where(seen[:, None, None], scores, -np.inf))
+        want = np.einsum("mngt,tnk->mngk", p, entries[:, 1])
+        np.testing.assert_allclose(out[mine], want, atol=3e-5, err_msg=f"chunk {i}")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from model.checkpoint import SafetensorsFolder, hf_shapes
 from model.config import ModelConfig
+from model.heads import head_slots
 from sharding import loading
 from sharding.layout import make_layout
 from sharding.mesh import make_mesh
@@ -73,6 +74,21 @@ def test_every_byte_of_a_shard_is_read_once():
     view = np.asarray(tensors["model.norm.weight"]).view(Counting)
     loading._load_param(param, [view], make_mesh(spec.layout))
     assert len(reads) == 1  # replicated on eight devices
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_dummy_heads_are_copied_and_padded_as_loaded_ones(devices):
+    """3 KV heads and 6 query heads, with a norm over all of them."""
+    config = ModelConfig.from_folder(DATA / "minimax_m2")
+    specs = [spec_for((n, 1, 1), config) for n in (1, devices)]
+    whole, cut = (by_path(s, loading.draw_weights(s, make_mesh(s.layout), seed=3)) for s in specs)
+    slots = head_slots(6, 3, devices)
+    for path, heads, axis in (("q_proj", slots.query, 2), ("kv_proj", slots.kv, 3)):
+        want = np.moveaxis(whole[f"segments.0.layers.attention.{path}"], axis, 0)
+        got = np.moveaxis(cut[f"segments.0.layers.attention.{path}"], axis, 0)
+        assert len(got) == len(heads)
+        for head, values in zip(heads, got, strict=True):
+            np.testing.assert_array_equal(values, want[head] if head >= 0 else 0)
 
 
 def test_dummy_weights_do_not_depend_on_the_mesh():

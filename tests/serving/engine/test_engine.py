@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from serving.config import ConfigError
 from serving.engine.engine import CompileCounter, describe
 from serving.scheduler.scheduler import RequestTooLong
-from tests.fixtures import MLA_FIXTURES, load_fixture
+from tests.fixtures import DATA, GQA_FIXTURES, MLA_FIXTURES, load_fixture
 from tests.serving.engine.engines import finish, fixture_engine, request
 
 
@@ -22,7 +25,7 @@ def prompts():
     return load_fixture("deepseek_v3").prompts
 
 
-@pytest.mark.parametrize("name", MLA_FIXTURES)
+@pytest.mark.parametrize("name", [*MLA_FIXTURES, *GQA_FIXTURES])
 def test_greedy_tokens_and_logprobs_equal_the_reference(name):
     engine, fixture = fixture_engine(name), load_fixture(name)
     expected = [*fixture.prompts, *fixture.expected["text_prompts"], *fixture.expected["chats"]]
@@ -61,8 +64,9 @@ def test_the_counter_sees_compilations():
     assert counter.count > 0
 
 
-def test_the_pool_is_updated_in_place():
-    engine = fixture_engine(max_total_tokens=1 << 16)
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
+def test_the_pool_is_updated_in_place(name):
+    engine = fixture_engine(name, max_total_tokens=1 << 16)
     runner = engine.runner
     pool = runner.kv_bytes_per_device()
     assert pool > 48 << 20
@@ -151,6 +155,21 @@ def test_requests_that_can_never_run_are_refused(engine):
 def test_context_longer_than_the_models_is_refused():
     with pytest.raises(ConfigError, match="--context-length 4096 is longer"):
         fixture_engine(context_length=4096)
+
+
+def test_a_context_beyond_the_sliding_window_is_refused(tmp_path):
+    """Up to its window such a model is exact, and served."""
+    for file in (DATA / "mistral").iterdir():
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": 128}))
+    with pytest.raises(ConfigError, match="--context-length 128 serves it, 256 does not"):
+        fixture_engine(tmp_path)
+    engine, prompt = (
+        fixture_engine(tmp_path, context_length=128),
+        load_fixture("mistral").prompts[2],
+    )
+    assert finish(engine, [request("a", prompt["prompt"])])["a"] == prompt["tokens"]
 
 
 def test_a_pool_without_room_is_refused():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serving.engine.engine import CompileCounter
-from tests.fixtures import load_fixture
+from tests.fixtures import GQA_FIXTURES, load_fixture
 from tests.harness import MeshModel, SliceRows
 from tests.serving.engine.engines import finish, fixture_engine, request
 
@@ -28,6 +28,35 @@ def test_greedy_tokens_on_the_mesh(layout, exchange):
     assert counter.count == 0
     if dp > 1:
         assert engine.steps < 32 * len(expected) / 2  # the slices worked at the same time
+
+
+@pytest.mark.parametrize("name", GQA_FIXTURES)
+def test_ordinary_attention_on_the_mesh(name, caplog):
+    """DP attention works for it too, and the log says that it gains little."""
+    with caplog.at_level("WARNING", "meshserve.engine"):
+        engine = fixture_engine(name, tp=4, dp=2)
+    assert "DP attention gains little" in caplog.text
+    assert "2 of them" in caplog.text
+    whole = fixture_engine(name, tp=1).runner
+    assert engine.runner.page_bytes * 2 == whole.page_bytes  # KV heads are cut over 2 devices
+    prompts = load_fixture(name).prompts
+    tokens = finish(engine, [request(p["id"], p["prompt"]) for p in prompts])
+    assert all(tokens[p["id"]] == p["tokens"] for p in prompts)
+
+
+def test_no_warning_where_dp_attention_gains(caplog):
+    with caplog.at_level("WARNING", "meshserve.engine"):
+        fixture_engine(tp=2, dp=2)
+        fixture_engine("llama", tp=2)
+    assert "DP attention" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "minimax_m2", "mistral4"])
+def test_experts_of_other_architectures_on_the_mesh(name):
+    engine = fixture_engine(name, tp=4, dp=2, ep=4, exchange="all_to_all")
+    prompts = load_fixture(name).prompts
+    tokens = finish(engine, [request(p["id"], p["prompt"]) for p in prompts])
+    assert all(tokens[p["id"]] == p["tokens"] for p in prompts)
 
 
 @pytest.mark.parametrize("exchange", ["none", "all_to_all"])
