@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# The accelerator extra follows the CUDA version that the driver reports; none without a GPU.
+# The accelerator extra follows the CUDA version that the driver reports; none without a GPU (or with
+# a driver older than CUDA 12).
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -n 1)
-ACCELERATOR := $(if $(CUDA),$(if $(filter 12,$(CUDA)),cuda12,cuda13))
+ACCELERATOR := $(if $(filter 12,$(CUDA)),cuda12,$(if $(filter-out 9 10 11,$(CUDA)),cuda13))
 comma := ,
 
 .PHONY: serve test check clean

@@ -184,6 +184,7 @@ def find_architecture(hf: Mapping[str, Any]) -> tuple[str, Architecture]:
         UnsupportedModelError: names what the file asks for and lists what is supported.
     """
     names, model_type = hf.get("architectures") or [], hf.get("model_type")
+    names = [names] if isinstance(names, str) else names
     for name in names:
         if name in ARCHITECTURES:
             return name, ARCHITECTURES[name]

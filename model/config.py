@@ -183,9 +183,11 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"config.json of this {architecture} lacks the key {error}."
             ) from None
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+            if isinstance(error, UnsupportedModelError):
+                raise
             raise UnsupportedModelError(
-                f"config.json has a value of a wrong type: {error}."
+                f"config.json has a value of a wrong type or size: {error}."
             ) from None
 
 
@@ -317,6 +319,14 @@ def _moe(hf: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"n_group {num_groups} leaves groups of one expert; a group's score is the sum of two."
         )
+    topk_groups = (hf.get("topk_group") or 1) if method.grouped else 1
+    reachable = topk_groups * (num_experts // num_groups)
+    if topk_groups > num_groups or hf["num_experts_per_tok"] > reachable:
+        raise UnsupportedModelError(
+            f"num_experts_per_tok {hf['num_experts_per_tok']} experts cannot be chosen from "
+            f"topk_group {topk_groups} of n_group {num_groups} groups of "
+            f"{num_experts // num_groups} experts."
+        )
     normalize = bool(hf.get("norm_topk_prob", row.normalize))
     scaling = float(hf.get("routed_scaling_factor") or 1.0)
     if row.model_types == ("deepseek_v2",) and normalize and scaling != 1.0:
@@ -332,7 +342,7 @@ def _moe(hf: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
         "scoring": method.scoring,
         "router_bias": method.bias,
         "num_groups": num_groups,
-        "topk_groups": (hf.get("topk_group") or 1) if method.grouped else 1,
+        "topk_groups": topk_groups,
         "group_score": method.group_score,
         "normalize_weights": normalize,
         "routed_scaling": scaling,

@@ -149,14 +149,16 @@ def read_rope_scaling(hf: Mapping[str, Any], rotary_dim: int) -> tuple[RopeScali
         return _read_longrope(keys, int(original), longest, rotary_dim)
     if keys.get("truncate") is False:
         raise UnsupportedModelError("YaRN with truncate false is not supported.")
+    factor, stated = float(keys["factor"]), keys.get("attention_factor")
     both_mscales = bool(keys.get("mscale") and keys.get("mscale_all_dim"))
-    stated = keys.get("attention_factor")
+    if stated is None and not both_mscales:
+        # transformers takes the two only together; m(factor) otherwise.
+        stated = yarn_mscale(factor, 1.0)
     return YarnConfig(
-        factor=float(keys["factor"]),
+        factor=factor,
         original_max_position_embeddings=int(original),
         beta_fast=float(keys.get("beta_fast") or 32),
         beta_slow=float(keys.get("beta_slow") or 1),
-        # transformers uses mscale only where both are given.
         mscale=float(keys["mscale"]) if both_mscales else 1.0,
         mscale_all_dim=float(keys.get("mscale_all_dim") or 0.0),
         stated_attention_factor=None if stated is None else float(stated),

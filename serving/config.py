@@ -69,6 +69,8 @@ class ServerConfig:
             )
         if self.page_size < 1:
             raise ConfigError(f"--page-size must be at least 1, got {self.page_size}.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be between 0 and 65535, got {self.port}.")
         for name in ("max_total_tokens", "context_length", "max_running_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -303,7 +305,9 @@ def parse_args(argv: list[str]) -> ServerConfig:
             raise ConfigError(f"--attn-dp-size must be positive, got {attn_dp}.")
         args["dp_size"], enable_dpa = attn_dp, attn_dp > 1
     dp_size = args["dp_size"] or 1
-    if enable_dpa and dp_size == 1:
+    layout_flags = ("model_path", "tp_size", "dp_size", "ep_size")
+    all_devices = all(args[name] is None for name in layout_flags)
+    if enable_dpa and dp_size == 1 and not all_devices:
         warnings.append(
             "--enable-dp-attention has no effect: DP attention is off because --dp-size is 1."
         )
@@ -313,8 +317,6 @@ def parse_args(argv: list[str]) -> ServerConfig:
             "which scripts/launch_server.py will start behind the router (not part of this "
             "version); add --enable-dp-attention for DP attention in one engine."
         )
-    layout_flags = ("model_path", "tp_size", "dp_size", "ep_size")
-    all_devices = all(args[name] is None for name in layout_flags)
     given = {name: value for name, value in args.items() if value is not None}
     if given.get("moe_a2a_backend") == "deepep":
         warnings.append(

@@ -105,7 +105,8 @@ class Tokenizer:
         folder = Path(tokenizer_path or model_path)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise TokenizerError(f"{folder} has no tokenizer.json.")
+            problem = "has no tokenizer.json" if folder.is_dir() else "is not a folder"
+            raise TokenizerError(f"{folder} {problem}: is the model path right?")
         try:
             fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -130,12 +131,18 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """A batch of one: only batches release the interpreter lock while they work."""
+        (encoding,) = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text prompt, with the BOS that `add_bos_token` asks for, never two.
 
         Without the flag the tokenizer's own post-processor decides.
         """
-        ids: list[int] = self._fast.encode(text, add_special_tokens=self._add_bos is not False).ids
+        ids: list[int] = self._encode(text, add_special_tokens=self._add_bos is not False)
         if self._add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
@@ -169,7 +176,7 @@ class Tokenizer:
             ChatTemplateError: there is no template, or it refuses these messages.
         """
         text = self.render_chat(messages, variables)
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encode(text, add_special_tokens=False)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ and running steps. It exits when told to, or when the front is gone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -159,6 +160,11 @@ def main() -> int:
     except (CheckpointError, UnsupportedModelError, LayoutError, ConfigError) as error:
         connection.send(Failed(str(error)))
         return 1
+    except Exception as error:
+        log.exception("the engine could not start")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        connection.send(Failed(f"The engine could not start: {reason}"))
+        return 1
     topology, details = describe(engine.runner)
     compiles = CompileCounter()
     connection.starting = False
@@ -173,11 +179,12 @@ def main() -> int:
             )
         )
         EngineLoop(engine, connection, compiles).run()
-    except BrokenPipeError:
+    except ConnectionError:
         return 1  # the front is gone; nobody is left to tell
     except Exception as error:
         log.exception("the step loop failed")
-        connection.send(Failed(f"The engine failed: {type(error).__name__}: {error}"))
+        with contextlib.suppress(ConnectionError):
+            connection.send(Failed(f"The engine failed: {type(error).__name__}: {error}"))
         return 1
     return 0
 

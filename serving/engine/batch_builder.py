@@ -18,6 +18,9 @@ from serving.engine.sampler import SamplingBatch
 from serving.request import SamplingParams
 from serving.scheduler.plan import SlicePlan, StepPlan
 
+HOTTEST = 1e30
+"""Beyond, a temperature means the same (every token alike) but leaves float32."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
@@ -131,7 +134,7 @@ def _fill(parts: dict[str, np.ndarray], plan: SlicePlan, decode_rows: int) -> No
         parts["sample_slots"][at] = slot
         parts["sample_positions"][at] = position
         parts["seeds"][at] = np.uint32(params.seed).view(np.int32)
-        temperatures[at] = 0.0 if params.greedy else params.temperature
+        temperatures[at] = 0.0 if params.greedy else min(params.temperature, HOTTEST)
         parts["top_ks"][at] = params.top_k
         top_ps[at] = params.top_p
 

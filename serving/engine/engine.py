@@ -16,7 +16,7 @@ from serving.engine.runner import ModelRunner
 from serving.request import Request
 from serving.scheduler.plan import SampledToken, StepPlan
 from serving.scheduler.scheduler import Scheduler, SliceLoad, TokenOutcome
-from sharding.layout import Layout, make_layout
+from sharding.layout import Layout, LayoutError, make_layout
 
 log = logging.getLogger("meshserve.engine")
 
@@ -96,8 +96,12 @@ def configure_jax(config: ServerConfig) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise ConfigError(f"--device {config.device}: {error}".splitlines()[0]) from None
+    except (RuntimeError, AssertionError):  # the second where the plug-in is not installed
+        raise ConfigError(
+            f"--device {config.device}: this machine has no such device that JAX can use "
+            "(is the driver there, and the extra for it installed?); --device cpu emulates any "
+            "number."
+        ) from None
 
 
 def resolve_layout(config: ServerConfig) -> Layout:
@@ -109,6 +113,10 @@ def resolve_layout(config: ServerConfig) -> Layout:
     if not config.all_devices:
         return make_layout(config.tp_size, config.dp_size, config.ep_size)
     devices = len(jax.devices())
+    if devices == 1 and config.moe_a2a_backend == "all_to_all":
+        raise LayoutError(
+            "--moe-a2a-backend all_to_all needs more than one device: there is nothing to exchange."
+        )
     return make_layout(devices, devices, devices)
 
 
@@ -146,6 +154,11 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
     details = {
         "device": device.device_kind,
         "num_devices": layout.num_devices,
+        "resolved": {
+            "tp_size": layout.num_devices,
+            "dp_size": layout.num_slices,
+            "ep_size": layout.size(layout.moe_ep),
+        },
         "mesh": dict(zip(layout.axis_names, layout.axis_sizes, strict=True)),
         "roles": {
             role: layout.size(getattr(layout, role))

@@ -40,6 +40,8 @@ log = logging.getLogger("meshserve.engine")
 
 CPU_POOL_BYTES = 256 << 20
 """KV pool of an emulated device, which has no memory of its own to measure."""
+MAX_POOL_BYTES = 1 << 40
+"""No device holds more; a larger --max-total-tokens is a slip of the finger."""
 COMPILE_THREADS = 8
 ACCELERATOR_SLACK_BYTES = 256 << 20
 """Left free beside weights, programs and pool: batches in flight, fragmentation."""
@@ -98,6 +100,8 @@ class ModelRunner:
         )
         self.num_pages = self._size_pool(context)
         self.max_context = min(context, (self.num_pages - 1) * self.page_size)
+        if self.max_context < 2:
+            raise ConfigError("A context of one token has no room for a prompt and an answer.")
         self.table_width = -(-self.max_context // self.page_size)
         started = time.perf_counter()
         self._programs = self._compile_all()
@@ -159,7 +163,13 @@ class ModelRunner:
     def _size_pool(self, context: int) -> int:
         """Pages of each slice's pool: the flag, or what the device's memory allows."""
         if self.config.max_total_tokens is not None:
-            return -(-self.config.max_total_tokens // self.page_size) + 1
+            pages = -(-self.config.max_total_tokens // self.page_size) + 1
+            if pages * self.page_bytes > MAX_POOL_BYTES or pages >= 1 << 31:
+                raise ConfigError(
+                    f"--max-total-tokens {self.config.max_total_tokens} would take "
+                    f"{pages * self.page_bytes >> 30} GiB on each device."
+                )
+            return pages
         budget = CPU_POOL_BYTES if self.platform == "cpu" else self._free_bytes(context)
         pages = budget // self.page_bytes
         if pages < 2:

@@ -73,7 +73,9 @@ def _threshold(scaled: jax.Array, batch: SamplingBatch) -> jax.Array:
     rank = jnp.arange(vocab)[None]
     p = jax.nn.softmax(jnp.where(rank < k[:, None], ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(p, axis=-1) - p  # probability of everything more likely
-    kept = (rank < k[:, None]) & ((before < batch.top_ps[:, None]) | (rank == 0))
+    # A float32 running sum may reach 1 early: top_p = 1 keeps all without asking it.
+    within = (before < batch.top_ps[:, None]) | (rank == 0) | (batch.top_ps >= 1)[:, None]
+    kept = (rank < k[:, None]) & within
     return jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1)
 
 

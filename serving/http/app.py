@@ -60,7 +60,7 @@ async def show_model(state: ServerState, request: Request) -> Response:
 
 
 async def health(state: ServerState, request: Request) -> Response:
-    """200 while the engine answers and the server is not stopping, else 503."""
+    """200 while the engine process lives and the server is not stopping, else 503."""
     if state.healthy:
         return json_response({"status": "ok"})
     reason = state.engine.failure or "The server is shutting down."
@@ -87,6 +87,8 @@ async def server_info(state: ServerState, request: Request) -> Response:
     return json_response(
         {
             **asdict(state.config),
+            # What the flags became: without layout flags they follow the devices.
+            **ready.details.get("resolved", {}),
             "version": _version(),
             "status": "ready" if state.healthy else "stopping",
             "topology": ready.topology,

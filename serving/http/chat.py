@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ ROLES_NOT_SERVED_YET = ("tool", "function")
 async def create_chat_completion(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
     body = await read_body(request, ChatBody)
-    call = to_call(state, body, request.headers.get("x-request-id"))
+    # Tokenising a long text takes seconds: other streams must not wait for it.
+    call = await asyncio.to_thread(to_call, state, body, request.headers.get("x-request-id"))
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _chat_completion(state, call))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from starlette.requests import Request
@@ -30,12 +31,14 @@ from serving.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 MAX_LOGPROBS = 5
+MAX_PROMPTS = 1024
 
 
 async def create_completion(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
     body = await read_body(request, CompletionBody)
-    call = to_call(state, body, request.headers.get("x-request-id"))
+    # Tokenising a long text takes seconds: other streams must not wait for it.
+    call = await asyncio.to_thread(to_call, state, body, request.headers.get("x-request-id"))
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _completion(state, call))
@@ -91,6 +94,11 @@ def _prompts(
         raise ApiError("Prompt cannot be empty", param="prompt")
     if isinstance(prompt, str):
         return [tokenizer.encode(prompt)]
+    if len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        raise ApiError(
+            f"prompt must be a list of at most {MAX_PROMPTS} prompts, got {len(prompt)}.",
+            param="prompt",
+        )
     ids = [item for item in prompt if isinstance(item, int)]
     if len(ids) == len(prompt):
         return [ids]

@@ -172,18 +172,41 @@ def refuse_not_served(body: GenerationBody) -> None:
         )
 
 
+MAX_BODY_BYTES = 16 << 20
+"""Several times the longest prompt of any context; a larger body is refused unread."""
+
+
+async def _content(request: Request) -> bytes:
+    """The bytes of the body.
+
+    Raises:
+        ApiError: 413, more than MAX_BODY_BYTES; what follows is not read.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise ApiError(
+                f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.",
+                status=413,
+                kind="RequestEntityTooLarge",
+            )
+        parts.append(part)
+    return b"".join(parts)
+
+
 async def read_body(request: Request, kind: type[Body]) -> Body:
     """The typed body of a request.
 
     Raises:
-        ApiError: it is not JSON, or a field has the wrong type.
+        ApiError: it is too large, not JSON, or a field has the wrong type.
     """
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(
             "Unsupported Media Type: Only 'application/json' is allowed", kind="Bad Request"
         )
-    content = await request.body()
+    content = await _content(request)
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:

@@ -175,7 +175,7 @@ class _Front:
         else:
             path = "/v1/completions"
             body["prompt"] = "Once upon a time"
-        body["max_tokens"] = min(200, ready.max_context_tokens // 2)
+        body["max_tokens"] = min(200, max(1, ready.max_context_tokens // 2))
         _say(ready.topology)
         _say(f"Serving {self._config.model_name} at {url}. Stop with Ctrl-C. Try:\n")
         _say(

@@ -122,14 +122,17 @@ def test_64_streams_of_which_10_hang_up(server):
         (["--tp", "8", "--dp", "2", "--enable-dp-attention", "--ep", "3"], 2, "tp_size % ep_size"),
         (["--dp-size", "2"], 2, "scripts/launch_server.py"),
         (["--enable-eplb"], 2, "--enable-eplb"),
-        (["--model-path", "/nowhere"], 1, "/nowhere"),
+        (["--port", "99999"], 2, "between 0 and 65535"),
+        (["--model-path", "/nowhere"], 1, "/nowhere is not a folder"),
+        (["--device", "cuda"], 1, "no such device"),
+        (["--max-total-tokens", "99999999999999"], 1, "GiB on each device"),
         (["--model-path", str(DATA / "deepseek_v3"), "--context-length", "9999"], 1, "9999"),
     ],
 )
 def test_a_bad_start_is_one_sentence(flags, code, text):
     done = subprocess.run(
         command("--device", "cpu", "--port", "0", *flags),
-        env=environment(),
+        env={name: v for name, v in environment().items() if name != "JAX_PLATFORMS"},
         capture_output=True,
         text=True,
         timeout=120,

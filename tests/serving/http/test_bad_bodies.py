@@ -1,9 +1,11 @@
 """Wrong requests: always 400 with a sentence that names the field, never a 5xx."""
 
+import asyncio
 import json
 
 import pytest
 
+from serving.http import protocol
 from serving.http.protocol import NOT_SERVED_YET, ChatBody, CompletionBody
 from tests.fakes import FakeEngine
 from tests.serving.http.support import run, serving
@@ -217,5 +219,44 @@ def test_unknown_paths_and_methods_are_json():
             assert response.status_code == 405
             assert response.headers["allow"] == "POST"
             assert response.json()["object"] == "error"
+
+    run(main)
+
+
+def test_a_body_too_large_is_refused_unread(monkeypatch):
+    monkeypatch.setattr(protocol, "MAX_BODY_BYTES", 1 << 20)
+
+    async def main():
+        async with serving() as (http, _, _engine):
+            body = {"prompt": "a" * (2 << 20)}
+            answer = await http.post("/v1/completions", json=body)
+            assert answer.status_code == 413
+            assert "larger than 1 MiB" in answer.json()["message"]
+            many = {"prompt": [[5, 6]] * 1025, "max_tokens": 1}
+            answer = await http.post("/v1/completions", json=many)
+            assert answer.status_code == 400
+            assert "at most 1024 prompts" in answer.json()["message"]
+            ids = {"prompt": [5] * 1025, "max_tokens": 1}  # one prompt, if too long a one
+            answer = await http.post("/v1/completions", json=ids)
+            assert "longer than the model's context" in answer.json()["message"]
+
+    run(main)
+
+
+def test_tokenising_a_long_prompt_holds_up_nobody():
+    """While a text far beyond the context is tokenised, another request is answered."""
+
+    async def main():
+        async with serving() as (http, _, _engine):
+            slow = asyncio.create_task(
+                http.post("/v1/completions", json={"prompt": "one two three " * 200_000})
+            )
+            while not slow.done():
+                answer = await asyncio.wait_for(http.get("/health"), timeout=2)
+                assert answer.status_code == 200
+                if slow.done():
+                    break
+                await asyncio.sleep(0.05)
+            assert (await slow).status_code == 400
 
     run(main)

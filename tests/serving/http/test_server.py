@@ -164,7 +164,9 @@ def test_engine_that_does_not_start(mode, sentence):
 def test_missing_tokenizer_is_one_sentence(tmp_path):
     with serving(model=tmp_path) as server:
         assert server.exit_code() == 1
-        assert server.stderr() == f"serve.py: error: {tmp_path} has no tokenizer.json.\n"
+        assert server.stderr() == (
+            f"serve.py: error: {tmp_path} has no tokenizer.json: is the model path right?\n"
+        )
 
 
 def test_engine_that_dies_ends_the_server():
