@@ -24,6 +24,7 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 Index = tuple[slice, ...]
 
@@ -64,8 +65,22 @@ class Stack:
         self.shape: tuple[int, ...] = (*inner[:axis], len(parts), *inner[axis:])
 
     def __getitem__(self, index: Index) -> np.ndarray:
+        """Read a slice, in the dtype of the first part."""
+        leaf = self.parts[0]
+        while isinstance(leaf, Stack):
+            leaf = leaf.parts[0]
+        sizes = [len(range(*s.indices(n))) for s, n in zip(index, self.shape, strict=True)]
+        values = np.empty(sizes, leaf.dtype)
+        self.read_into(values, index)
+        return values
+
+    def read_into(self, values: np.ndarray, index: Index) -> None:
+        """`values[...] = self[index]`, one part after another, with no copy between."""
         inner = index[: self.axis] + index[self.axis + 1 :]
-        return np.stack([part[inner] for part in self.parts[index[self.axis]]], axis=self.axis)
+        for part, one in zip(
+            self.parts[index[self.axis]], np.moveaxis(values, self.axis, 0), strict=True
+        ):
+            _read_into(one, part, inner)
 
     def __setitem__(self, index: Index, value: np.ndarray) -> None:
         inner = index[: self.axis] + index[self.axis + 1 :]
@@ -81,29 +96,49 @@ class Select:
         self.view, self.axis, self.entries = view, axis, tuple(entries)
         self.shape = (*view.shape[:axis], len(self.entries), *view.shape[axis + 1 :])
 
-    def __getitem__(self, index: Index) -> np.ndarray:
+    def read_into(self, values: np.ndarray, index: Index) -> None:
+        """`values[...] = self[index]`, one entry after another."""
         before, after = index[: self.axis], index[self.axis + 1 :]
-
-        def one(entry: int) -> np.ndarray:
-            if entry >= 0:
-                return self.view[(*before, slice(entry, entry + 1), *after)]
-            return np.zeros_like(self.view[(*before, slice(0, 1), *after)])
-
-        return np.concatenate([one(e) for e in self.entries[index[self.axis]]], axis=self.axis)
+        for i, entry in enumerate(self.entries[index[self.axis]]):
+            one = values[(*(slice(None) for _ in before), slice(i, i + 1))]
+            if entry < 0:
+                one[...] = 0
+            else:
+                _read_into(one, self.view, (*before, slice(entry, entry + 1), *after))
 
 
 View = np.ndarray | Stack | Select
 
 
-def read_padded(view: View, index: Index, shape: Sequence[int]) -> np.ndarray:
-    """`view[index]` where `index` addresses `view` zero-padded at the end to `shape`."""
+def _read_into(values: np.ndarray, view: View, index: Index) -> None:
+    if isinstance(view, Stack | Select):
+        view.read_into(values, index)
+    else:
+        values[...] = view[index]
+
+
+def read_padded(
+    view: View,
+    index: Index,
+    shape: Sequence[int],
+    dtype: np.dtype,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """`view[index]` where `index` addresses `view` zero-padded at the end to `shape`.
+
+    The result is `out` where that is given.
+    """
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     inside = tuple(
         slice(min(lo, n), min(hi, n)) for (lo, hi), n in zip(bounds, view.shape, strict=True)
     )
-    values = view[inside]
-    missing = [(0, hi - lo - n) for (lo, hi), n in zip(bounds, values.shape, strict=True)]
-    return np.pad(values, missing) if any(n for _, n in missing) else values
+    sizes = tuple(s.stop - s.start for s in inside)
+    values = np.empty([hi - lo for lo, hi in bounds], dtype) if out is None else out
+    if sizes != values.shape:
+        values[...] = 0
+    if 0 not in sizes:
+        _read_into(values[tuple(slice(0, n) for n in sizes)], view, inside)
+    return values
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -346,39 +381,49 @@ class SafetensorsFolder:
         self.tensors: dict[str, np.ndarray] = {}
         for file in files:
             self.tensors.update(_map_file(file))
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The memory-mapped tensor."""
+        return self.tensors[name]
 
     def check(self, config: ModelConfig) -> None:
-        """Compare names and shapes with what the model needs.
+        """See `check_shapes`."""
+        check_shapes(self.shapes, config)
 
-        Tolerated surplus: layers past the last one (multi-token prediction), rotary buffers, and a
-        tied LM head.
 
-        Raises:
-            CheckpointError: names everything missing, surplus or misshapen (the first of many).
-        """
-        wanted = hf_shapes(config)
-        problems = [
-            ("missing", [name for name in wanted if name not in self.tensors]),
-            (
-                "not part of the model",
-                [n for n in self.tensors if n not in wanted and not _tolerated(n, config)],
-            ),
-            (
-                "of a wrong shape",
-                [
-                    f"{name} {list(self.tensors[name].shape)} instead of {list(shape)}"
-                    for name, shape in wanted.items()
-                    if name in self.tensors and self.tensors[name].shape != shape
-                ],
-            ),
-        ]
-        texts = []
-        for what, names in problems:
-            if names:
-                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-                texts.append(f"{len(names)} tensors are {what}: {shown}")
-        if texts:
-            raise CheckpointError(f"The checkpoint does not fit config.json: {'; '.join(texts)}.")
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Compare a checkpoint's names and shapes with what the model needs.
+
+    Tolerated surplus: layers past the last one (multi-token prediction), rotary buffers, and a
+    tied LM head.
+
+    Raises:
+        CheckpointError: names everything missing, surplus or misshapen (the first of many).
+    """
+    wanted = hf_shapes(config)
+    problems = [
+        ("missing", [name for name in wanted if name not in shapes]),
+        (
+            "not part of the model",
+            [n for n in shapes if n not in wanted and not _tolerated(n, config)],
+        ),
+        (
+            "of a wrong shape",
+            [
+                f"{name} {list(shapes[name])} instead of {list(shape)}"
+                for name, shape in wanted.items()
+                if name in shapes and shapes[name] != shape
+            ],
+        ),
+    ]
+    texts = []
+    for what, names in problems:
+        if names:
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            texts.append(f"{len(names)} tensors are {what}: {shown}")
+    if texts:
+        raise CheckpointError(f"The checkpoint does not fit config.json: {'; '.join(texts)}.")
 
 
 def _tolerated(name: str, config: ModelConfig) -> bool:

@@ -61,6 +61,7 @@ class ModelConfig:
         embedding_scale, residual_scale, logits_divisor: constant factors (MiniCPM).
         sliding_window: attention is exact for contexts up to this only; None for any.
         max_position_embeddings: the longest context.
+        fp8_block: rows and columns of a block in a block-FP8 checkpoint; None: not quantised.
     """
 
     vocab_size: int
@@ -105,6 +106,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    fp8_block: tuple[int, int] | None = None
     model_type: str = "deepseek_v3"
 
     @property
@@ -214,6 +216,7 @@ def _translate(hf: Mapping[str, Any], architecture: str, row: Architecture) -> M
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch."),
+        fp8_block=_fp8_block(hf),
         model_type=str(hf.get("model_type") or row.model_types[0]),
         **attention,
         **moe,
@@ -229,15 +232,34 @@ def _refuse_unsupported(hf: Mapping[str, Any], architecture: str, row: Architect
                 f"{key} {json.dumps(hf[key])} is not supported for {architecture}, only "
                 f"{json.dumps(only)}."
             )
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method")
-        raise UnsupportedModelError(f"Quantised checkpoints ({method}) are not supported yet.")
     if "index_topk" in hf:
         raise UnsupportedModelError("Sparse attention (index_topk) is not supported.")
     if any(kind != 1 for kind in hf.get("attn_type_list") or ()):
         raise UnsupportedModelError(
             "Linear attention (attn_type_list with anything but 1) is not supported."
         )
+
+
+def _fp8_block(hf: Mapping[str, Any]) -> tuple[int, int] | None:
+    """`weight_block_size` of a block-FP8 checkpoint, None for one that is not quantised."""
+    quantization = hf.get("quantization_config")
+    if not quantization:
+        return None
+    method, size = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if method != "fp8":
+        raise UnsupportedModelError(
+            f"Quantised checkpoints of kind {method} are not supported, only fp8 in blocks."
+        )
+    if quantization.get("fmt", "e4m3") != "e4m3":
+        raise UnsupportedModelError(
+            f"FP8 weights in format {quantization['fmt']} are not supported, only e4m3."
+        )
+    if not isinstance(size, list) or len(size) != 2 or min(map(int, size)) < 1:
+        raise UnsupportedModelError(
+            f"FP8 weights with weight_block_size {size} are not supported, only with one factor "
+            "per block of [rows, columns]."
+        )
+    return int(size[0]), int(size[1])
 
 
 def _mla(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.heads import HeadSlots
 from model.layers import ParamFactory, rms_norm
 from model.ops.gqa_attention import decode_attention, extend_attention
+from model.quantization import saturating_cast
 from model.rope import apply_rope
 
 
@@ -104,7 +105,7 @@ class GQAttention(nnx.Module):
             [T, D], complete, and the updated pool.
         """
         q, entries = self.project(x, cos, sin, comm)
-        kv = kv.at[layer, rows.pages, rows.offsets].set(entries.astype(kv.dtype))
+        kv = kv.at[layer, rows.pages, rows.offsets].set(saturating_cast(entries, kv.dtype))
         scale, b = self.config.attention_scale, batch.num_decode_rows
         parts = []
         if b:

@@ -15,6 +15,7 @@ from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
 from model.ops.mla_attention import decode_attention, extend_attention
+from model.quantization import saturating_cast
 from model.rope import apply_rope, query_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -86,7 +87,7 @@ class MLAttention(nnx.Module):
             [T, D], complete, and the updated pool.
         """
         latents = self.latents(x, cos, sin)
-        kv = kv.at[layer, rows.pages, rows.offsets].set(latents.astype(kv.dtype))
+        kv = kv.at[layer, rows.pages, rows.offsets].set(saturating_cast(latents, kv.dtype))
         q_nope, q_rope = self.queries(x, cos, sin, rows.positions)
         scale, b = self.config.attention_scale, batch.num_decode_rows
         parts = []

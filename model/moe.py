@@ -107,7 +107,8 @@ class MoE(nnx.Module):
             jnp.where(ids < 0, self.config.num_experts, ids).reshape(-1),
             length=self.config.num_experts + 1,
         )[:-1]
-        w1, w2 = experts.w1[...], experts.w2[...]
+        # The stacks themselves (not `[...]`): FP8 ones are dequantised expert by expert.
+        w1, w2 = experts.w1.get_value(), experts.w2.get_value()
         compute = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=layer)
         shared = self.shared(x) if self.config.num_shared_experts else None
         return comm.moe(x, ids, weights, compute, w1.shape[1], shared), counts

@@ -32,6 +32,8 @@ class ServerConfig:
     served_model_name: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    fp8_weights: str = "keep"
     device: str = "auto"
     tp_size: int = 1
     dp_size: int = 1
@@ -138,7 +140,8 @@ def make_parser() -> argparse.ArgumentParser:
         group,
         "--model-path",
         "--model",
-        help="folder with config.json and *.safetensors; "
+        help="folder with config.json and *.safetensors (or converted by "
+        "scripts/convert_checkpoint.py), or a GGUF file; "
         "without it the bundled demo model is served on every device there is",
     )
     add(group, "--tokenizer-path", help="folder with tokenizer.json, if not the model's")
@@ -146,14 +149,28 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         group,
         "--load-format",
-        choices=("auto", "safetensors", "dummy"),
-        help="dummy draws random weights that route evenly (for benchmarks)",
+        choices=("auto", "safetensors", "gguf", "orbax", "dummy"),
+        help="auto: by what --model-path is; dummy draws random weights that route evenly (for "
+        "benchmarks)",
     )
     add(
         group,
         "--dtype",
-        choices=("auto", "bfloat16", "float32"),
+        choices=("auto", "bfloat16", "float16", "float32"),
         help="weights, activations and KV cache; auto: float32 on CPU, else bfloat16",
+    )
+    add(
+        group,
+        "--fp8-weights",
+        choices=("keep", "dequantize"),
+        help="weights of a block-FP8 checkpoint: stay in FP8 on the devices (half the memory), or "
+        "become --dtype while loading",
+    )
+    add(
+        group,
+        "--kv-cache-dtype",
+        choices=("auto", "bfloat16", "fp8_e4m3"),
+        help="auto: that of --dtype; fp8_e4m3 holds twice the tokens of bfloat16, less exactly",
     )
     add(
         group,

@@ -20,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders
 
+from serving.gguf_tokenizer import GGUFTokenizerError, read_gguf_tokenizer
+
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
 
@@ -39,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # no folder at all: the model is one file
         return {}
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path} cannot be read: {error}.") from None
@@ -82,6 +84,36 @@ class Tokenizer:
         self.bos_token_id = self._token_id("bos_token")
         eos = self._token_id("eos_token")
         self.eos_token_ids = tuple(sorted({*eos_token_ids, *(() if eos is None else (eos,))}))
+
+    @classmethod
+    def load(
+        cls,
+        model_path: str | Path,
+        *,
+        tokenizer_path: str | Path | None = None,
+        chat_template: str | Path | None = None,
+    ) -> Tokenizer:
+        """The tokenizer of a model folder (`from_folder`) or inside a GGUF file.
+
+        Raises:
+            TokenizerError: a file is missing or broken.
+        """
+        path = Path(model_path)
+        if path.suffix.lower() != ".gguf" or tokenizer_path is not None:
+            return cls.from_folder(path, tokenizer_path=tokenizer_path, chat_template=chat_template)
+        try:
+            parts = read_gguf_tokenizer(path)
+        except GGUFTokenizerError as error:
+            raise TokenizerError(str(error)) from None
+        return cls(
+            fast=parts.fast,
+            config=parts.config,
+            chat_template=(
+                parts.chat_template if chat_template is None else _read_file(Path(chat_template))
+            ),
+            eos_token_ids=parts.eos_token_ids,
+            vocab_size=None,
+        )
 
     @classmethod
     def from_folder(
@@ -128,6 +160,11 @@ class Tokenizer:
         )
 
     @property
+    def num_entries(self) -> int:
+        """Tokens of the tokenizer itself (a model's vocabulary may be padded beyond)."""
+        return int(self._fast.get_vocab_size())
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
@@ -148,9 +185,16 @@ class Tokenizer:
         return ids
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt text of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            variables: further names for the template; they win over everything but messages.
+            tools: function descriptions as in the OpenAI API, for templates that offer them.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses these messages.
@@ -160,7 +204,7 @@ class Tokenizer:
                 "This model has no chat template: use /v1/completions, or start the server with "
                 "--chat-template."
             )
-        context: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+        context: dict[str, Any] = {"tools": tools, "documents": None, "add_generation_prompt": True}
         context |= {**self._special_tokens, **(variables or {}), "messages": messages}
         try:
             return self._template.render(context)
@@ -168,20 +212,23 @@ class Tokenizer:
             raise ChatTemplateError(f"The chat template refuses these messages: {error}.") from None
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; the template writes the special tokens itself.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses these messages.
         """
-        text = self.render_chat(messages, variables)
+        text = self.render_chat(messages, variables, tools)
         ids: list[int] = self._encode(text, add_special_tokens=False)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids at once, special tokens skipped."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids at once."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -192,12 +239,14 @@ class Tokenizer:
         return known
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token never appears in an answer's text."""
+        """Whether the token appears in an answer's text only where that is asked for."""
         return token_id in self._special_ids
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh incremental decoder for one answer."""
-        return _ByteLevelDetokenizer(self) if self._byte_level else _WindowDetokenizer(self)
+        if self._byte_level:
+            return _ByteLevelDetokenizer(self, skip_special_tokens)
+        return _WindowDetokenizer(self, skip_special_tokens)
 
     def _token_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -231,12 +280,12 @@ class Detokenizer(Protocol):
 class _ByteLevelDetokenizer:
     """For byte-level vocabularies: a token is bytes whatever stands around it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        if self._tokenizer.is_special(token_id):
+        if self._skip and self._tokenizer.is_special(token_id):
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
@@ -253,27 +302,30 @@ class _WindowDetokenizer:
     bytes follow them directly; here they stay.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._window: list[int] = []
         self._num_done = 0
         self._done = ""
 
     def push(self, token_id: int) -> str:
-        if self._tokenizer.is_special(token_id):
+        if self._skip and self._tokenizer.is_special(token_id):
             return ""
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode()
         if len(text) <= len(self._done) or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         new = text[len(self._done) :]
         self._window = self._window[self._num_done :]
         self._num_done = len(self._window)
-        self._done = self._tokenizer.decode(self._window)
+        self._done = self._decode()
         return new
 
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+
     def flush(self) -> str:
-        new = self._tokenizer.decode(self._window)[len(self._done) :]
+        new = self._decode()[len(self._done) :]
         self._num_done = len(self._window)
         self._done += new
         return new
@@ -349,10 +401,7 @@ def _read_template(
     """The chat template: the override, else chat_template.jinja, else tokenizer_config.json."""
     path = folder / "chat_template.jinja" if override is None else Path(override)
     if override is not None or path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"The chat template {path} cannot be read: {error}.") from None
+        return _read_file(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
         named = {entry.get("name"): entry.get("template") for entry in template}
@@ -360,6 +409,13 @@ def _read_template(
     if template is not None and not isinstance(template, str):
         raise TokenizerError("chat_template in tokenizer_config.json must be a string.")
     return template
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"The chat template {path} cannot be read: {error}.") from None
 
 
 def _compile_template(source: str) -> jinja2.Template:

@@ -1,12 +1,13 @@
 """Weights onto the mesh: from a checkpoint straight into each device's shard, or drawn at random.
 
-A stacked parameter is filled layer by layer into a donated buffer, so the host never holds more
-than the local shard of one layer (small stacks are read at once).
+A stacked parameter is filled layer by layer and shard by shard into donated buffers, so the host
+never holds more than one device's shard of one layer's parameter (small stacks are read at once).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,29 +16,45 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.checkpoint import Index, Select, Stack, View, parameter_views, read_padded
+from model.formats.fp8 import BlockFactors, Fp8Checkpoint
 from model.layers import INIT_STD
+from model.quantization import FP8
 from sharding.step import ModelSpec, ParamInfo
 
-WHOLE_STACK_BYTES = 4 << 20
-"""Stacks up to this size are read in one piece: fewer, larger transfers."""
+WHOLE_STACK_BYTES = 16 << 20
+"""Stacks whose shards have up to this size are read in one piece a shard: filling layer by layer
+takes a program for every device."""
 
 
 def load_weights(
-    spec: ModelSpec, mesh: Mesh, tensor: Callable[[str], np.ndarray]
+    spec: ModelSpec,
+    mesh: Mesh,
+    tensor: Callable[[str], np.ndarray],
+    fp8: Fp8Checkpoint | None = None,
 ) -> list[jax.Array]:
     """Read a checkpoint into the mesh.
 
     Args:
         tensor: array of a checkpoint tensor's name, in the checkpoint's layout (memory-mapped).
+        fp8: where the values and factors of parameters stand that stay in FP8.
 
     Returns:
         One array per entry of `spec.params`, in their dtype and sharding.
     """
     views = parameter_views(spec.config, tensor)
-    return [_load_param(p, [_select(p, v) for v in views[p.path]], mesh) for p in spec.params]
+    stored = parameter_views(spec.config, fp8.stored) if fp8 else {}
+    scales = parameter_views(spec.config, fp8.scales) if fp8 else {}
+    weights = []
+    for p in spec.params:
+        if p.block is not None:
+            chosen: Sequence[View] = [BlockFactors(v, p.block) for v in scales[p.path]]
+        else:
+            chosen = (stored if p.dtype == FP8 else views)[p.path]
+        weights.append(_load_param(p, [selected(p, v) for v in chosen], mesh))
+    return weights
 
 
-def _select(param: ParamInfo, view: View) -> View:
+def selected(param: ParamInfo, view: View) -> View:
     """The view (of one layer) with copied and padded heads in place."""
     for axis, entries in param.selected:
         view = Select(view, axis - param.stacked, entries)
@@ -45,43 +62,61 @@ def _select(param: ParamInfo, view: View) -> View:
 
 
 def _load_param(param: ParamInfo, views: Sequence[View], mesh: Mesh) -> jax.Array:
+    sharding = NamedSharding(mesh, param.spec)
     if not param.stacked:
-        return _read(views[0], param.shape, param.dtype, NamedSharding(mesh, param.spec))
-    if np.prod(param.shape) * param.dtype.itemsize <= WHOLE_STACK_BYTES:
-        view = Stack(views, axis=0)
-        return _read(view, param.shape, param.dtype, NamedSharding(mesh, param.spec))
-    layer_sharding = NamedSharding(mesh, PartitionSpec(*param.spec[1:]))
-    return _fill_stack(
-        param,
-        mesh,
-        lambda layer: _read(views[layer], param.shape[1:], param.dtype, layer_sharding),
-    )
+        return read_array(views[0], param.shape, param.dtype, sharding)
+    shard_bytes = math.prod(sharding.shard_shape(param.shape)) * param.dtype.itemsize
+    if shard_bytes <= WHOLE_STACK_BYTES or len(views) == 1:
+        return read_array(Stack(views, axis=0), param.shape, param.dtype, sharding)
+    stack = _zeros(param, sharding)
+    buffers = {shard.device: shard.data for shard in stack.addressable_shards}
+    shards = _shards(sharding, param.shape)
+    del stack
+    # One piece in flight, of one layer and shard, is all that the host holds beside the result.
+    piece = _aligned(sharding.shard_shape(param.shape)[1:], param.dtype)
+    for layer, view in enumerate(views):
+        for index, devices in shards:
+            read_padded(view, index[1:], param.shape[1:], param.dtype, piece)
+            for device in devices:
+                value = jax.device_put(piece, device)
+                buffers[device] = _set_layer(buffers[device], layer, value)
+                buffers[device].block_until_ready()  # `piece` may be written again
+    return jax.make_array_from_single_device_arrays(param.shape, sharding, list(buffers.values()))
 
 
-def _read(
+def _aligned(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
+    """An array on a 64-byte border: XLA uses such memory on CPU without copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _shards(
+    sharding: NamedSharding, shape: tuple[int, ...]
+) -> list[tuple[Index, list[jax.Device]]]:
+    """The different slices of an array on this host's devices, each with those that hold it."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    return [(tuple(slice(*b) for b in key), devices) for key, devices in holders.items()]
+
+
+def read_array(
     view: View, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
 ) -> jax.Array:
     """An array whose shards are read one by one; replicas share one read."""
-    pieces: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def piece(index: Index) -> np.ndarray:
-        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        if key not in pieces:
-            pieces[key] = np.ascontiguousarray(read_padded(view, index, shape), dtype=dtype)
-        return pieces[key]
-
-    return jax.make_array_from_callback(shape, sharding, piece)
+    arrays = []
+    for index, devices in _shards(sharding, shape):
+        piece = read_padded(view, index, shape, dtype)
+        arrays += [jax.device_put(piece, device) for device in devices]
+        jax.block_until_ready(arrays)  # the host's copy is freed before the next is read
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _fill_stack(param: ParamInfo, mesh: Mesh, layer_array: Callable[[int], jax.Array]) -> jax.Array:
-    """A zero stack on the mesh, each layer written in place."""
-    sharding = NamedSharding(mesh, param.spec)
-    stack = jax.jit(lambda: jnp.zeros(param.shape, param.dtype), out_shardings=sharding)()
-    for layer in range(param.shape[0]):
-        stack = _set_layer(stack, layer, layer_array(layer))
-        # One layer in flight: the host's copy is freed before the next is read.
-        stack.block_until_ready()
-    return stack
+def _zeros(param: ParamInfo, sharding: NamedSharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(param.shape, param.dtype), out_shardings=sharding)()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -105,12 +140,18 @@ def _draw_param(param: ParamInfo, mesh: Mesh, key: jax.Array) -> jax.Array:
     shape, real = param.shape[lead:], param.real_shape[lead:]
     sharding = NamedSharding(mesh, PartitionSpec(*param.spec[lead:]))
     constant = 1.0 if param.path.endswith("norm") else 0.0 if len(real) == 1 else None
+    std = INIT_STD
+    if param.block is not None:  # of FP8 values that are N(0, 1)
+        constant = INIT_STD
+    elif param.dtype == FP8:
+        std = 1.0
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def draw(key: jax.Array) -> jax.Array:
         if constant is not None:
             return jnp.full(shape, constant, param.dtype)
-        values = INIT_STD * jax.random.normal(key, real, param.dtype)
+        drawn = jnp.float32 if param.dtype == FP8 else param.dtype
+        values = (std * jax.random.normal(key, real, drawn)).astype(param.dtype)
         for axis, entries in param.selected:
             outside = values.shape[axis - lead]  # -1 would count from the end
             index = jnp.array([outside if entry < 0 else entry for entry in entries])
@@ -119,4 +160,7 @@ def _draw_param(param: ParamInfo, mesh: Mesh, key: jax.Array) -> jax.Array:
 
     if not param.stacked:
         return draw(key)
-    return _fill_stack(param, mesh, lambda layer: draw(jax.random.fold_in(key, layer)))
+    stack = _zeros(param, NamedSharding(mesh, param.spec))
+    for layer in range(param.shape[0]):
+        stack = _set_layer(stack, layer, draw(jax.random.fold_in(key, layer)))
+    return stack

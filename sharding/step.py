@@ -6,8 +6,9 @@ costs tens of milliseconds a call at hundreds of arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,16 +18,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.checkpoint import parameter_path
 from model.config import ModelConfig
+from model.quantization import FP8, BlockFP8
 from model.transformer import Sizes, Transformer, kv_entry
 from sharding.layout import Layout
 from sharding.rules import padded_sizes, param_spec
 
+MAX_SCALE_SHARE = 0.5
+"""A parameter whose block factors would take more than this share of its FP8 values' bytes (its
+shards cut the blocks to pieces) is dequantised instead."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamInfo:
-    """One parameter: where it stands, its padded and real shape, and how it is cut.
+    """One array of the weights: where it stands, its padded and real shape, and how it is cut.
 
     Attributes:
+        block: None, but for the factors of an FP8 parameter (same path): elements of one block
+            along each dimension of one layer's parameter.
         selected: (axis, entries) for each axis whose padded entries are not the real ones followed
             by zeros, but those named, -1 for zeros (heads that are copied, see `model.heads`).
     """
@@ -36,6 +44,7 @@ class ParamInfo:
     real_shape: tuple[int, ...]
     dtype: jnp.dtype
     spec: PartitionSpec
+    block: tuple[int, ...] | None = None
     selected: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
@@ -47,10 +56,22 @@ class ModelSpec:
     """The abstract model of a layout: structure and parameter list, no weights.
 
     Attributes:
-        params: in the order of the flat weight lists that `merge` takes.
+        params: in the order of the flat weight lists that `merge` takes. An FP8 parameter is two
+            of them, its values and its factors.
+        recut: FP8 parameters whose shards cut the checkpoint's blocks: their factors are repeated
+            for smaller blocks.
+        not_kept: parameters that `fp8` named and that are dequantised, as `MAX_SCALE_SHARE` says.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        layout: Layout,
+        fp8: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Args: fp8: paths that stay in FP8 with their blocks' sizes (`fp8_parameters`)."""
+
         def abstract(sizes: Any) -> tuple[Any, Any]:
             return nnx.split(
                 nnx.eval_shape(lambda: Transformer(config, dtype, nnx.Rngs(0), sizes)),
@@ -62,9 +83,14 @@ class ModelSpec:
         self._kv_entry = kv_entry(config, sizes)
         self._graph, state = abstract(sizes)
         real = nnx.to_flat_state(abstract(None)[1])
-        flat = nnx.to_flat_state(state)
-        self.params = [
-            ParamInfo(
+        self.params: list[ParamInfo] = []
+        self.recut: list[str] = []
+        self.not_kept: list[str] = []
+        flat = []
+        for (path, variable), (_, real_variable) in zip(
+            nnx.to_flat_state(state), real, strict=True
+        ):
+            info = ParamInfo(
                 path=parameter_path(path),
                 shape=variable.shape,
                 real_shape=real_variable.shape,
@@ -72,12 +98,59 @@ class ModelSpec:
                 spec=param_spec(variable.get_metadata()["axes"], layout),
                 selected=_selected(variable.get_metadata()["axes"], real_variable.shape, sizes),
             )
-            for (path, variable), (_, real_variable) in zip(flat, real, strict=True)
-        ]
-        leaves, self._tree = jax.tree.flatten(state)
+            scale = self._scale_info(info, (fp8 or {}).get(info.path))
+            if scale is None:
+                self.params.append(info)
+            else:
+                self.params += [replace(info, dtype=FP8), scale]
+                variable = variable.replace(
+                    BlockFP8(
+                        data=jax.ShapeDtypeStruct(info.shape, FP8),
+                        scale=jax.ShapeDtypeStruct(scale.shape, scale.dtype),
+                        block=scale.block,
+                        dtype=dtype,
+                    )
+                )
+            flat.append((path, variable))
+        leaves, self._tree = jax.tree.flatten(nnx.from_flat_state(flat))
         # The flat state and the leaves must be in one order: shapes tell.
         if [leaf.shape for leaf in leaves] != [p.shape for p in self.params]:
             raise AssertionError("flax changed the order of flat states")
+
+    def _scale_info(self, info: ParamInfo, block: tuple[int, ...] | None) -> ParamInfo | None:
+        """The factors of a parameter that stays in FP8, None for one that does not.
+
+        Blocks must not cross the border between two shards, so they are made as small as that
+        takes, and their factors repeated.
+        """
+        if block is None:
+            return None
+        lead = len(info.shape) - len(block)
+        parts = [self._num_parts(axes) for axes in info.spec]
+        fitting = tuple(
+            math.gcd(size, n // p) if p > 1 else size
+            for size, n, p in zip(block, info.shape[lead:], parts[lead:], strict=True)
+        )
+        steps = (1,) * lead + fitting
+        shape = tuple(-(-n // b) for n, b in zip(info.shape, steps, strict=True))
+        if math.prod(shape) * 4 > MAX_SCALE_SHARE * math.prod(info.shape):
+            self.not_kept.append(info.path)
+            return None
+        if fitting != block:
+            self.recut.append(info.path)
+        real_shape = tuple(-(-n // b) for n, b in zip(info.real_shape, steps, strict=True))
+        return replace(
+            info,
+            shape=shape,
+            real_shape=real_shape,
+            dtype=jnp.dtype(jnp.float32),
+            block=fitting,
+        )
+
+    def _num_parts(self, axes: str | tuple[str, ...] | None) -> int:
+        """Into how many parts a dimension with this entry of a PartitionSpec is cut."""
+        # A PartitionSpec stores a tuple of one axis as the bare name.
+        return self.layout.size((axes,) if isinstance(axes, str) else axes or ())
 
     def merge(self, weights: Sequence[jax.Array]) -> Transformer:
         """The module around these arrays (whole or local shards), in the order of `params`."""
@@ -101,17 +174,13 @@ class ModelSpec:
 
     def device_bytes(self) -> int:
         """Bytes of weights on each device (shares are equal by padding)."""
-        mesh_sizes = dict(zip(self.layout.axis_names, self.layout.axis_sizes, strict=True))
-        total = 0
-        for p in self.params:
-            size = p.dtype.itemsize
-            for dim, axes in zip(p.shape, p.spec, strict=True):
-                # A PartitionSpec stores a tuple of one axis as the bare name.
-                for axis in (axes,) if isinstance(axes, str) else axes or ():
-                    dim //= mesh_sizes[axis]
-                size *= dim
-            total += size
-        return total
+        return sum(
+            p.dtype.itemsize
+            * math.prod(
+                dim // self._num_parts(axes) for dim, axes in zip(p.shape, p.spec, strict=True)
+            )
+            for p in self.params
+        )
 
 
 def _selected(

@@ -12,12 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.batch import ForwardBatch
-from model.checkpoint import SafetensorsFolder
-from model.config import ModelConfig
 from sharding.comm import MeshComm
 from sharding.layout import make_layout
-from sharding.loading import load_weights
 from sharding.mesh import by_slice, make_mesh
+from sharding.sources import open_source
 from sharding.step import ModelSpec, abstract_array, sharded
 
 PAGE_SIZE = 4
@@ -45,19 +43,20 @@ class MeshModel:
         decode_rows: int = 2,
         prefill_rows: int = 192,
         chunks: int = 3,
+        keep_fp8: bool = True,
+        kv_dtype: str = "float32",
     ) -> None:
-        self.config = ModelConfig.from_folder(folder)
+        source = open_source(folder, keep_fp8=keep_fp8)
+        self.config = source.config
         self.layout = make_layout(*layout)
         self.mesh = make_mesh(self.layout)
-        self.spec = ModelSpec(self.config, jnp.dtype(jnp.float32), self.layout)
-        checkpoint = SafetensorsFolder(folder)
-        checkpoint.check(self.config)
-        self.weights = load_weights(self.spec, self.mesh, checkpoint.tensors.__getitem__)
+        self.spec = ModelSpec(self.config, jnp.dtype(jnp.float32), self.layout, source.fp8)
+        self.weights = source.load(self.spec, self.mesh)
         self.sizes = (decode_rows, prefill_rows, chunks)
         d = self.layout.num_slices
         pool, pool_spec = self.spec.pool_shape(NUM_PAGES, PAGE_SIZE), self.spec.pool_spec
         self.sharding = by_slice(self.mesh, self.layout)
-        self.kv = jax.device_put(jnp.zeros(pool, jnp.float32), NamedSharding(self.mesh, pool_spec))
+        self.kv = jax.device_put(jnp.zeros(pool, kv_dtype), NamedSharding(self.mesh, pool_spec))
         comm = MeshComm(self.layout, exchange)
 
         def forward(weights, kv, batch):
@@ -77,7 +76,7 @@ class MeshModel:
         batch = self._pack([SliceRows() for _ in range(d)])
         self.program = step.lower(
             [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params],
-            abstract_array(pool, jnp.float32, self.mesh, pool_spec),
+            abstract_array(pool, kv_dtype, self.mesh, pool_spec),
             jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, self.mesh, spec), batch),
         ).compile()
 

@@ -40,8 +40,10 @@ class Rule:
 
 RULES = {
     "model": Rule(only=(*NUMERICS, "model"), never=("jax.sharding",)),
+    "model.formats.gguf_file": Rule(only=("numpy", "model", "gguf")),
     "sharding": Rule(only=(*NUMERICS, "model", "sharding")),
     "sharding.layout": Rule(only=()),
+    "sharding.orbax_folder": Rule(only=(*NUMERICS, "model", "sharding", "orbax")),
     "serving": Rule(never=("starlette", *JAX, "model", "sharding")),
     "serving.request": Rule(only=()),
     "serving.config": Rule(only=("numpy", *PURE_SERVING)),

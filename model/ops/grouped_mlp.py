@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model.quantization import BlockFP8, layer_weight
+
 
 def _block_rows(pairs: int, experts: int) -> int:
     """Rows per block: about the mean load of an expert, between 8 and 128."""
@@ -24,8 +26,8 @@ def grouped_mlp(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    w1: jax.Array,
-    w2: jax.Array,
+    w1: jax.Array | BlockFP8,
+    w2: jax.Array | BlockFP8,
     layer: jax.Array,
 ) -> jax.Array:
     """Weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
@@ -66,10 +68,9 @@ def grouped_mlp(
 
     def one_block(i: jax.Array, out: jax.Array) -> jax.Array:
         e = block_expert[i]
-        gate_up = lax.dynamic_slice(w1, (layer, e, 0, 0, 0), (1, 1, d, 2, f)).reshape(d, 2 * f)
-        down = lax.dynamic_slice(w2, (layer, e, 0, 0), (1, 1, f, d)).reshape(f, d)
+        gate_up = layer_weight(w1, layer, e).reshape(d, 2 * f)
         gate, up = jnp.split(grouped[i] @ gate_up, 2, axis=-1)
-        return out.at[i].set((jax.nn.silu(gate) * up) @ down)
+        return out.at[i].set((jax.nn.silu(gate) * up) @ layer_weight(w2, layer, e))
 
     out = lax.fori_loop(0, blocks.sum(), one_block, jnp.zeros_like(grouped))
     out = out.reshape(-1, d).at[slot].get(mode="fill", fill_value=0).reshape(t, k, d)

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import jax
 from jax import monitoring
 
-from model.config import ModelConfig
 from serving.config import ConfigError, ServerConfig
 from serving.engine.buckets import Buckets
 from serving.engine.runner import ModelRunner
@@ -17,6 +16,7 @@ from serving.request import Request
 from serving.scheduler.plan import SampledToken, StepPlan
 from serving.scheduler.scheduler import Scheduler, SliceLoad, TokenOutcome
 from sharding.layout import Layout, LayoutError, make_layout
+from sharding.sources import open_source
 
 log = logging.getLogger("meshserve.engine")
 
@@ -126,7 +126,13 @@ def make_engine(config: ServerConfig) -> Engine:
     Raises:
         UnsupportedModelError, CheckpointError, LayoutError, ConfigError: the user's sentence.
     """
-    model, layout = ModelConfig.from_folder(config.model_path), resolve_layout(config)
+    source = open_source(
+        config.model_path,
+        config.load_format,
+        keep_fp8=config.fp8_weights == "keep",
+        seed=config.random_seed or 0,
+    )
+    model, layout = source.config, resolve_layout(config)
     if layout.num_slices > 1 and not model.is_mla:
         log.warning(
             "DP attention gains little here: a %s model is not MLA, so tensor parallelism cuts its "
@@ -134,7 +140,7 @@ def make_engine(config: ServerConfig) -> Engine:
             model.model_type,
             model.num_kv_heads,
         )
-    runner = ModelRunner(config, model, layout)
+    runner = ModelRunner(config, source, layout)
     scheduler = Scheduler(
         num_slices=runner.layout.num_slices,
         slots_per_slice=runner.buckets.slots,
@@ -166,6 +172,7 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
         },
         "moe_a2a_backend": runner.config.moe_a2a_backend,
         "dtype": str(runner.dtype),
+        "kv_cache_dtype": str(runner.kv_dtype),
         "weight_bytes_per_device": runner.spec.device_bytes(),
         "kv_bytes_per_device": runner.kv_bytes_per_device(),
         "kv_tokens_per_slice": tokens,

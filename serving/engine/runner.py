@@ -23,8 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.checkpoint import SafetensorsFolder
-from model.config import ModelConfig
+from model.quantization import FP8
 from serving.config import ConfigError, ServerConfig
 from serving.engine.batch_builder import Packing, build_batch
 from serving.engine.buckets import Shape, make_buckets
@@ -32,8 +31,8 @@ from serving.engine.sampler import greedy, sample, top_logprobs
 from serving.scheduler.plan import SampledToken, StepPlan
 from sharding.comm import MeshComm
 from sharding.layout import Layout
-from sharding.loading import draw_weights, load_weights
 from sharding.mesh import by_slice, make_mesh
+from sharding.sources import WeightSource
 from sharding.step import ModelSpec, abstract_array, sharded
 
 log = logging.getLogger("meshserve.engine")
@@ -66,21 +65,24 @@ class ModelRunner:
         max_context: most tokens of one sequence.
     """
 
-    def __init__(self, config: ServerConfig, model: ModelConfig, layout: Layout) -> None:
+    def __init__(self, config: ServerConfig, source: WeightSource, layout: Layout) -> None:
         """Load the weights, size the pool, compile everything.
 
         Raises:
             CheckpointError, LayoutError, ConfigError: with the sentence for the user.
         """
         started = time.perf_counter()
-        self.config, self.model, self.layout = config, model, layout
+        self.config, self.model, self.layout = config, source.config, layout
+        model = source.config
         self.mesh = make_mesh(layout)
         self.platform = self.mesh.devices.flat[0].platform
         self.dtype = resolve_dtype(config.dtype, self.platform)
-        self.spec = ModelSpec(model, self.dtype, layout)
+        self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype)
+        self.spec = ModelSpec(model, self.dtype, layout, source.fp8)
         self.page_size = config.page_size
         self._by_slice = by_slice(self.mesh, layout)
-        self.weights = self._load()
+        self._log_fp8(source)
+        self.weights = source.load(self.spec, self.mesh)
         self.load_seconds = time.perf_counter() - started
         log.info("weights on the devices after %.1f s", self.load_seconds)
 
@@ -107,7 +109,7 @@ class ModelRunner:
         self._programs = self._compile_all()
         self._last_tokens = self._zeros((layout.num_slices, self.buckets.slots + 1), jnp.int32)
         pool = self.spec.pool_shape(self.num_pages, self.page_size)
-        self._kv = self._zeros(pool, self.dtype, self.spec.pool_spec)
+        self._kv = self._zeros(pool, self.kv_dtype, self.spec.pool_spec)
         self._warm_up()
         self.compile_seconds = time.perf_counter() - started
         log.info("%d programs ready after %.1f s", len(self._programs), self.compile_seconds)
@@ -135,12 +137,26 @@ class ModelRunner:
 
     # ---- setting up ------------------------------------------------------------------------
 
-    def _load(self) -> list[jax.Array]:
-        if self.config.load_format == "dummy":
-            return draw_weights(self.spec, self.mesh, self.config.random_seed or 0)
-        folder = SafetensorsFolder(self.config.model_path)
-        folder.check(self.model)
-        return load_weights(self.spec, self.mesh, folder.tensors.__getitem__)
+    def _log_fp8(self, source: WeightSource) -> None:
+        if not source.fp8:
+            return
+        kept = len(source.fp8) - len(self.spec.not_kept)
+        log.info("%d parameters stay in FP8 on the devices", kept)
+        if self.spec.recut:
+            log.info(
+                "shards cut the FP8 blocks of %d parameters (%s, ...): their factors are repeated "
+                "for smaller blocks",
+                len(self.spec.recut),
+                self.spec.recut[0],
+            )
+        if self.spec.not_kept:
+            log.warning(
+                "shards cut the FP8 blocks of %d parameters to pieces, they are dequantised to "
+                "%s: %s",
+                len(self.spec.not_kept),
+                self.dtype,
+                ", ".join(self.spec.not_kept),
+            )
 
     def _zeros(
         self, shape: Sequence[int], dtype: Any, spec: PartitionSpec | None = None
@@ -154,7 +170,7 @@ class ModelRunner:
         """Bytes of one page, all layers, on each device of its slice."""
         sharding = NamedSharding(self.mesh, self.spec.pool_spec)
         page = sharding.shard_shape(self.spec.pool_shape(1, self.page_size))
-        return int(np.prod(page)) * self.dtype.itemsize
+        return int(np.prod(page)) * self.kv_dtype.itemsize
 
     def kv_bytes_per_device(self) -> int:
         """Bytes of the pool that the first device really holds."""
@@ -210,7 +226,7 @@ class ModelRunner:
         last = array((slices, slots + 1), jnp.int32)
         logits = array((slices, shape.sampled_rows, self.model.vocab_size), jnp.float32)
         pool_shape, pool_spec = self.spec.pool_shape(num_pages, self.page_size), self.spec.pool_spec
-        pool = abstract_array(pool_shape, self.dtype, self.mesh, pool_spec)
+        pool = abstract_array(pool_shape, self.kv_dtype, self.mesh, pool_spec)
         weights = [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params]
         forward = sharded(
             functools.partial(
@@ -270,6 +286,13 @@ def resolve_dtype(name: str, platform: str) -> Any:
     if name == "auto":
         name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def resolve_kv_dtype(name: str, dtype: Any) -> Any:
+    """--kv-cache-dtype as a NumPy dtype; auto is the model's."""
+    if name == "auto":
+        return dtype
+    return FP8 if name == "fp8_e4m3" else jnp.dtype(name)
 
 
 # ---- the programs, per device --------------------------------------------------------------

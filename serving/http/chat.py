@@ -93,6 +93,7 @@ def to_call(state: ServerState, body: ChatBody, request_id: str | None) -> Call:
         stops=stops,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 

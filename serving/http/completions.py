@@ -81,6 +81,7 @@ def to_call(state: ServerState, body: CompletionBody, request_id: str | None) ->
         stops=stop_strings(body),
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 

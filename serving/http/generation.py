@@ -39,6 +39,7 @@ class Call:
         model: the name to echo.
         stops: stop strings, the same for every prompt.
         include_usage: end a stream with a usage chunk.
+        skip_special_tokens: leave special tokens out of the answer's text.
     """
 
     id_prefix: str
@@ -49,6 +50,7 @@ class Call:
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
+    skip_special_tokens: bool
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -120,7 +122,7 @@ async def generation(
             Request(rid=f"{engine_rid}.{i}", prompt=job.prompt, sampling=job.sampling)
             for i, job in enumerate(call.jobs)
         ]
-        answers = [_deltas(state, i, request, call.stops) for i, request in enumerate(requests)]
+        answers = [_deltas(state, i, request, call) for i, request in enumerate(requests)]
         async with aclosing(answers[0] if len(answers) == 1 else _merge(answers)) as deltas:
             yield answer_id, deltas
 
@@ -136,11 +138,11 @@ async def complete(
 
 
 async def _deltas(
-    state: ServerState, index: int, request: Request, stops: Sequence[str]
+    state: ServerState, index: int, request: Request, call: Call
 ) -> AsyncGenerator[Delta, None]:
     """The deltas of one request. Leaving before its end aborts it in the engine."""
-    detokenizer = state.tokenizer.detokenizer()
-    matcher = StopMatcher(stops)
+    detokenizer = state.tokenizer.detokenizer(skip_special_tokens=call.skip_special_tokens)
+    matcher = StopMatcher(call.stops)
     num_chars = 0  # decoded so far, whether handed out or held back
     tokens: list[AnswerToken] = []
     async with aclosing(state.engine.generate(request)) as events:

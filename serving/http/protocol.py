@@ -125,7 +125,6 @@ NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "skip_special_tokens": (True,),
     "no_stop_trim": (False,),
     "stop_regex": ([],),
     "regex": (),

@@ -48,7 +48,7 @@ def run(config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     # Its life-cycle messages repeat what is printed here.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
-        tokenizer = Tokenizer.from_folder(
+        tokenizer = Tokenizer.load(
             config.model_path,
             tokenizer_path=config.tokenizer_path,
             chat_template=config.chat_template,

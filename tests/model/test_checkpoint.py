@@ -56,7 +56,7 @@ def test_read_padded_gives_zeros_beyond_the_view():
     whole[:2, :3] = view
     for rows in (slice(0, 2), slice(1, 3), slice(2, 4), slice(None)):
         for columns in (slice(0, 3), slice(2, 5), slice(3, 5)):
-            got = read_padded(view, (rows, columns), (4, 5))
+            got = read_padded(view, (rows, columns), (4, 5), view.dtype)
             np.testing.assert_array_equal(got, whole[rows, columns])
 
 

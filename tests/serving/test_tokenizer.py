@@ -277,3 +277,47 @@ def test_only_a_possible_beginning_is_held_back():
     assert matcher.push("N") == ("", None)
     assert matcher.push("!") == ("EN!", None)
     assert matcher.push("\n\nQ: why") == ("", "\n\nQ:")
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_special_tokens_appear_where_they_are_asked_for(tokenizers, window, tmp_path):
+    tokenizer = tokenizers["deepseek_v3"]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    if window:  # the same vocabulary behind another decoder: the general way of decoding
+        folder = copy_without(tmp_path)
+        edit_json(
+            folder / "tokenizer.json",
+            decoder={"type": "Sequence", "decoders": [byte_level, {"type": "Fuse"}]},
+        )
+        tokenizer = Tokenizer.from_folder(folder)
+    ids = [*tokenizer.encode("an old man"), *tokenizer.eos_token_ids]
+    for skip in (True, False):
+        detokenizer = tokenizer.detokenizer(skip_special_tokens=skip)
+        pieces = [*map(detokenizer.push, ids), detokenizer.flush()]
+        text = "".join(pieces)
+        assert text == tokenizer.decode(ids, skip_special_tokens=skip)
+        assert ("end▁of▁sentence" in text) is not skip
+
+
+def test_tools_reach_the_template(tmp_path):
+    folder = copy_without(tmp_path)
+    (folder / "chat_template.jinja").write_text(
+        "{% if tools %}{{ tools[0].function.name }}{% else %}none{% endif %}"
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    assert tokenizer.render_chat([], tools=tools) == "weather"
+    assert tokenizer.render_chat([]) == "none"
+    assert tokenizer.encode_chat([], tools=tools) == tokenizer.encode("weather")[1:]
+
+
+def test_special_tokens_may_be_objects(tmp_path):
+    folder = copy_without(tmp_path)
+    token = {"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>", "lstrip": False}
+    edit_json(folder / "tokenizer_config.json", bos_token=token, add_bos_token=True)
+    assert Tokenizer.from_folder(folder).encode("The")[:1] == [0]

@@ -50,7 +50,6 @@ COMPLETIONS = [
     ({"ebnf": "root ::= x"}, "ebnf is not supported yet"),
     ({"json_schema": "{}"}, "json_schema is not supported yet"),
     ({"response_format": {"type": "json_object"}}, "response_format is not supported yet"),
-    ({"skip_special_tokens": False}, "skip_special_tokens is not supported yet"),
     ({"no_stop_trim": True}, "no_stop_trim is not supported yet"),
     ({"lora_path": "x"}, "lora_path is not supported yet"),
     ({"data_parallel_rank": 0}, "data_parallel_rank is not supported yet"),

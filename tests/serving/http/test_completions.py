@@ -423,3 +423,23 @@ def test_openai_client():
                 await client.completions.create(model="tiny", prompt="x", temperature=-1)
 
     run(main)
+
+
+def test_special_tokens_are_shown_on_request():
+    ids = [*tokens(" one"), EOS, *tokens(" two")]
+
+    async def main():
+        async with serving(FakeEngine(next_token=scripted(ids))) as (http, _, _):
+            for skip in (None, True, False):
+                got = await post(
+                    http,
+                    prompt=[5],
+                    max_tokens=len(ids),
+                    ignore_eos=True,
+                    skip_special_tokens=skip,
+                )
+                text = got["choices"][0]["text"]
+                assert text == TOKENIZER.decode(ids, skip_special_tokens=skip is not False)
+                assert (text == " one two") is (skip is not False)
+
+    run(main)

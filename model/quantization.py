@@ -1,0 +1,74 @@
+"""Block-quantised FP8 weights on the device: values, factors, and their product at use.
+
+A `BlockFP8` stands wherever a weight array stands: `weight[...]` gives the numbers to multiply
+with. It is a pytree, so stacks of it are scanned, sliced and cut over devices like arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
+FP8_MAX = 448.0
+"""Largest finite float8_e4m3fn; there is no infinity, so what is larger would become NaN."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class BlockFP8:
+    """A weight as float8_e4m3fn values and one float32 factor per block.
+
+    Attributes:
+        data: float8 [..., n1, n2, ...].
+        scale: f32 [..., ceil(n1 / b1), ceil(n2 / b2), ...].
+        block: (b1, b2, ...), elements of one block along each of the last dimensions; 1 along all
+            others (stacked layers, experts).
+        dtype: of the numbers that `[...]` gives.
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    block: tuple[int, ...] = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """`[...]`, the only index: data times scale, multiplied in float32."""
+        if index is not Ellipsis:
+            raise TypeError("a BlockFP8 can only be dequantised whole: weight[...]")
+        scale = self.scale
+        # From the right: leading dimensions come (stacking) and go (slicing).
+        for axis, size in zip(reversed(range(self.ndim)), reversed(self.block), strict=False):
+            if size > 1:
+                scale = jnp.repeat(scale, size, axis=axis)
+                scale = jax.lax.slice_in_dim(scale, 0, self.data.shape[axis], axis=axis)
+        return (self.data.astype(jnp.float32) * scale).astype(self.dtype)
+
+
+def layer_weight(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array:
+    """`stack[index]` of the leading dimensions, dequantised: what a kernel multiplies with."""
+
+    def one(array: jax.Array) -> jax.Array:
+        rest = array.shape[len(index) :]
+        start = (*index, *(0 for _ in rest))
+        return jax.lax.dynamic_slice(array, start, (*(1 for _ in index), *rest)).reshape(rest)
+
+    return jax.tree.map(one, stack)[...]
+
+
+def saturating_cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in another dtype, held inside float8's range where that is the target."""
+    if jnp.dtype(dtype) == FP8:
+        x = jnp.clip(x, -FP8_MAX, FP8_MAX)
+    return x.astype(dtype)
