@@ -14,6 +14,9 @@ from typing import Any, NoReturn
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "model" / "demo"
 MOE_A2A_BACKENDS = ("none", "all_to_all", "deepep")
+LOAD_BALANCE_METHODS = ("auto", "round_robin", "total_requests", "total_tokens", "cache_aware")
+SCHEDULE_POLICIES = ("fcfs", "lpm")
+GRAMMAR_BACKENDS = ("llguidance", "none")
 
 
 class ConfigError(ValueError):
@@ -46,7 +49,19 @@ class ServerConfig:
     page_size: int = 16
     context_length: int | None = None
     max_running_requests: int | None = None
+    max_queued_requests: int | None = None
     chunked_prefill_size: int | None = None
+    schedule_policy: str = "fcfs"
+    load_balance_method: str = "auto"
+    prefill_decode_interval: int = 0
+    enable_prefill_delayer: bool = False
+    prefill_delayer_max_delay_passes: int = 30
+    disable_radix_cache: bool = False
+    disable_overlap_schedule: bool = False
+    enable_deterministic_inference: bool = False
+    grammar_backend: str = "llguidance"
+    watchdog_timeout: float = 300.0
+    decode_log_interval: int = 40
     decode_buckets: tuple[int, ...] | None = None
     extend_buckets: tuple[int, ...] | None = None
     random_seed: int | None = None
@@ -73,7 +88,14 @@ class ServerConfig:
             raise ConfigError(f"--page-size must be at least 1, got {self.page_size}.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, got {self.port}.")
-        for name in ("max_total_tokens", "context_length", "max_running_requests"):
+        for name in (
+            "max_total_tokens",
+            "context_length",
+            "max_running_requests",
+            "max_queued_requests",
+            "decode_log_interval",
+            "prefill_delayer_max_delay_passes",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
@@ -81,6 +103,22 @@ class ServerConfig:
             raise ConfigError(
                 "--chunked-prefill-size must be at least 1: meshserve always prefills in chunks "
                 f"(its programs have fixed sizes), got {self.chunked_prefill_size}."
+            )
+        if self.prefill_decode_interval < 0:
+            raise ConfigError(
+                "--prefill-decode-interval must be at least 0, got "
+                f"{self.prefill_decode_interval}."
+            )
+        if not self.watchdog_timeout > 0:
+            raise ConfigError(
+                f"--watchdog-timeout must be positive seconds, got {self.watchdog_timeout}."
+            )
+        if self.enable_deterministic_inference and (
+            self.prefill_decode_interval or self.enable_prefill_delayer
+        ):
+            raise ConfigError(
+                "--enable-deterministic-inference runs prefill and decode in steps of their own; "
+                "it does not go with --prefill-decode-interval or --enable-prefill-delayer."
             )
         for name in ("decode_buckets", "extend_buckets"):
             value = getattr(self, name)
@@ -265,6 +303,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         group,
+        "--max-queued-requests",
+        type=int,
+        help="most requests waiting; beyond, 503. Default: no limit",
+    )
+    add(
+        group,
+        "--disable-radix-cache",
+        action="store_true",
+        help="forget a request's KV cache when it ends: no prefix is ever reused",
+    )
+    add(
+        group,
         "--decode-buckets",
         type=_sizes,
         help="batch sizes (per slice) that decode "
@@ -288,6 +338,69 @@ def make_parser() -> argparse.ArgumentParser:
         "--compilation-cache-dir",
         help="where compiled programs are kept between starts; "
         f"default: {default_compilation_cache_dir()}".replace(os.path.expanduser("~"), "~"),
+    )
+    group = parser.add_argument_group("scheduling")
+    add(
+        group,
+        "--schedule-policy",
+        choices=SCHEDULE_POLICIES,
+        help="who starts first among requests of equal priority: fcfs = first come, lpm = longest "
+        "prefix in the cache",
+    )
+    add(
+        group,
+        "--load-balance-method",
+        choices=LOAD_BALANCE_METHODS,
+        help="which slice runs a request: cache_aware (which auto means) weighs the prefix that a "
+        "slice holds against its load; total_requests, total_tokens = least of them; round_robin",
+    )
+    add(
+        group,
+        "--prefill-decode-interval",
+        type=int,
+        help="decode steps that must follow a step with prefill, while anything decodes",
+    )
+    add(
+        group,
+        "--enable-prefill-delayer",
+        action="store_true",
+        help="hold prefill back until every slice has some, so that they do it in the same step",
+    )
+    add(
+        group,
+        "--prefill-delayer-max-delay-passes",
+        type=int,
+        help="steps that --enable-prefill-delayer may hold prefill back",
+    )
+    add(
+        group,
+        "--disable-overlap-schedule",
+        action="store_true",
+        help="plan a step only when the tokens of the step before are known",
+    )
+    add(
+        group,
+        "--enable-deterministic-inference",
+        action="store_true",
+        help="a request gets the same bits whatever else runs, on whichever slice; slower",
+    )
+    add(
+        group,
+        "--grammar-backend",
+        choices=GRAMMAR_BACKENDS,
+        help="what enforces JSON schemas, regular expressions and grammars; none refuses them",
+    )
+    add(
+        group,
+        "--watchdog-timeout",
+        type=float,
+        help="seconds that one step may take before the server gives up",
+    )
+    add(
+        group,
+        "--decode-log-interval",
+        type=int,
+        help="steps between two lines of the log that say what each slice does",
     )
     group = parser.add_argument_group("HTTP")
     add(group, "--host", help="address to listen on")

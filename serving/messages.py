@@ -35,6 +35,18 @@ class GetStatus(msgspec.Struct, tag=True, frozen=True):
     token: int
 
 
+class GetPulse(msgspec.Struct, tag=True, frozen=True):
+    """Ask whether the step loop moves; answered by `Pulse` with the same `token`."""
+
+    token: int
+
+
+class FlushCache(msgspec.Struct, tag=True, frozen=True):
+    """Forget all cached prefixes; answered by `Flushed` with the same `token`."""
+
+    token: int
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Stop the step loop and exit 0. Running requests are dropped."""
 
@@ -72,6 +84,31 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     logprob: float | None = None
     top_logprobs: list[tuple[int, float]] | None = None
     message: str | None = None
+    """With "error": one sentence for the user."""
+    status: int = 500
+    """With "error": the HTTP status; 503 where the queue is full, 400 where it can never run."""
+    first: FirstToken | None = None
+    """With the first token of a request."""
+
+
+class PromptScore(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability of a prompt token, and the likeliest alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: list[tuple[int, float]]
+
+
+class FirstToken(msgspec.Struct, frozen=True, array_like=True):
+    """What is told once, with a request's first token."""
+
+    dp_rank: int
+    cached_tokens: int
+    """Prompt tokens whose KV entries came from the prefix cache."""
+    queue_s: float
+    """Seconds between arrival in the engine and the step that began the prompt."""
+    prompt_scores: list[PromptScore] | None = None
+    """Of every prompt token but the first, where prompt log probabilities were asked for."""
 
 
 class StepOutput(msgspec.Struct, tag=True, frozen=True):
@@ -81,12 +118,46 @@ class StepOutput(msgspec.Struct, tag=True, frozen=True):
 
 
 class SliceStatus(msgspec.Struct, frozen=True):
-    """The load of one dp slice (pages and tokens of its own pool)."""
+    """One dp slice: its load now, and what it has done since the start.
+
+    Tokens are KV tokens of its own pool; a page counts whole.
+    """
 
     dp_rank: int
+    mode: str
+    """What the last step did here: prefill, decode, both or idle."""
     running: int
+    waiting: int
+    """Waiting requests that only this slice may run."""
     used_tokens: int
+    """Held by running requests, shared ones once."""
+    cached_tokens: int
+    """In the prefix cache and held by no request: free for whoever needs them."""
     total_tokens: int
+    pending_prefill_tokens: int
+    """Prompt tokens of running requests that no step has computed yet."""
+    decode_context_tokens: int
+    """Sum of the lengths of running requests."""
+    max_running: int
+    counters: SliceCounters
+
+
+class SliceCounters(msgspec.Struct, frozen=True):
+    """Totals of one slice since the start; they only grow."""
+
+    started: int = 0
+    finished: int = 0
+    aborted: int = 0
+    retracted: int = 0
+    prompt_tokens: int = 0
+    """Tokens of the contexts of started requests, cached ones included."""
+    cached_tokens: int = 0
+    """Of these, found in the prefix cache."""
+    generated_tokens: int = 0
+    evicted_tokens: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    """Steps with decode rows and no prefill here."""
 
 
 class EngineStatus(msgspec.Struct, tag=True, frozen=True):
@@ -94,14 +165,37 @@ class EngineStatus(msgspec.Struct, tag=True, frozen=True):
 
     token: int
     waiting: int
+    """Requests in the central queue, those for one slice included."""
+    waiting_tokens: int
+    """Tokens of their contexts."""
     steps: int
     recompilations: int
     """Compilations since the engine was ready; anything but 0 is a bug."""
     slices: list[SliceStatus]
+    step_seconds: dict[str, float]
+    """Wall time of steps by kind ("decode", "extend") since the start."""
+    prefilling_slices: list[int]
+    """Entry n counts the steps in which n slices prefilled."""
 
 
-ToEngine = Submit | Abort | GetStatus | Shutdown
-ToFront = Ready | Failed | StepOutput | EngineStatus
+class Pulse(msgspec.Struct, tag=True, frozen=True):
+    """Answer to `GetPulse`, sent even while a step runs or hangs."""
+
+    token: int
+    busy_s: float
+    """Seconds since the step loop last made progress while it had work; 0 if it has none."""
+
+
+class Flushed(msgspec.Struct, tag=True, frozen=True):
+    """Answer to `FlushCache`."""
+
+    token: int
+    done: bool
+    """False where requests run or wait: nothing was flushed."""
+
+
+ToEngine = Submit | Abort | GetStatus | GetPulse | FlushCache | Shutdown
+ToFront = Ready | Failed | StepOutput | EngineStatus | Pulse | Flushed
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
