@@ -11,7 +11,7 @@ from starlette.responses import Response
 from serving.http.calls import Call, Job, check_num_answers, make_call
 from serving.http.echo import echo_of
 from serving.http.errors import ApiError, json_response
-from serving.http.generation import AnswerToken, Tally, complete, generation
+from serving.http.generation import Answer, AnswerToken, Delta, Tally, complete, generation
 from serving.http.protocol import (
     Completion,
     CompletionBody,
@@ -30,7 +30,6 @@ from serving.http.sampling import (
 )
 from serving.http.sse import Events, stream, unless_disconnected
 from serving.http.state import WEIGHT_VERSION, ServerState
-from serving.messages import FirstToken
 from serving.request import SamplingParams
 from serving.tokenizer import Tokenizer
 
@@ -164,7 +163,7 @@ async def _completion(state: ServerState, call: Call) -> Completion:
                 index=i,
                 text=answer.text if job.echo is None else job.echo.text + answer.text,
                 logprobs=_joined(
-                    _prompt_logprobs(state.tokenizer, call, job, answer.first),
+                    _prompt_logprobs(state.tokenizer, call, job, answer),
                     _logprobs(state.tokenizer, call, answer.tokens),
                 ),
                 finish_reason=answer.finish_reason,
@@ -197,7 +196,7 @@ async def _chunks(state: ServerState, call: Call) -> Events:
             tally.add(delta)
             if job.echo is not None and delta.index not in echoed:
                 echoed.add(delta.index)
-                scores = _prompt_logprobs(state.tokenizer, call, job, delta.first)
+                scores = _prompt_logprobs(state.tokenizer, call, job, delta)
                 yield chunk(
                     CompletionChoice(index=delta.index, text=job.echo.text, logprobs=scores)
                 )
@@ -238,16 +237,20 @@ def _logprobs(
 
 
 def _prompt_logprobs(
-    tokenizer: Tokenizer, call: Call, job: Job, first: FirstToken | None
+    tokenizer: Tokenizer, call: Call, job: Job, answer: Answer | Delta
 ) -> CompletionLogprobs | None:
-    """Of an echoed prompt; its first token has none. None if it was aborted before it was scored.
+    """Of the prompt that an answer echoes; the prompt's first token has none.
+
+    None also for an answer that was aborted before its prompt was scored.
 
     Raises:
         ApiError: the engine did not score what it was asked to score.
     """
-    if job.echo is None or call.logprobs is None or first is None:
+    if job.echo is None or call.logprobs is None:
         return None
-    scores = first.prompt_scores
+    if answer.first is None and answer.finish_reason == "abort":
+        return None
+    scores = None if answer.first is None else answer.first.prompt_scores
     if scores is None or len(scores) != len(job.prompt) - 1:
         raise ApiError(
             "The engine did not score the prompt.", status=500, kind="InternalServerError"
