@@ -11,9 +11,9 @@ from jax import monitoring
 
 from serving.config import ConfigError, ServerConfig
 from serving.engine.buckets import Buckets
-from serving.engine.runner import ModelRunner
+from serving.engine.runner import LaunchedStep, ModelRunner
 from serving.request import Request
-from serving.scheduler.plan import SampledToken, StepPlan
+from serving.scheduler.plan import StepPlan
 from serving.scheduler.scheduler import Scheduler, SliceLoad, TokenOutcome
 from sharding.layout import Layout, LayoutError, make_layout
 from sharding.sources import open_source
@@ -30,7 +30,7 @@ class Runner(Protocol):
 
     buckets: Buckets
 
-    def run(self, plan: StepPlan) -> Sequence[Sequence[SampledToken | None]]: ...
+    def launch(self, plan: StepPlan) -> LaunchedStep: ...
 
 
 class Engine:
@@ -57,7 +57,9 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return []
-        outcomes = self.scheduler.apply(plan, self.runner.run(plan))
+        launched = self.runner.launch(plan)
+        launched.sample()
+        outcomes = self.scheduler.apply(plan, launched.result().tokens)
         self.steps += 1
         return outcomes
 
