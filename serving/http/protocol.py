@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from serving.http.errors import ApiError, ErrorBody
 
-Body = TypeVar("Body", bound="GenerationBody")
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -57,8 +57,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     lora_path: Any = None
     session_params: Any = None
     custom_logit_processor: Any = None
-    extra_key: Any = None
-    cache_salt: Any = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
     priority: int | None = None
     routed_dp_rank: int | None = None
     data_parallel_rank: int | None = None
@@ -77,9 +77,9 @@ class CompletionBody(GenerationBody, kw_only=True):
 
     prompt: str | list[str | int | list[int]] | None = None
     logprobs: int | None = None
-
     echo: bool | None = None
     best_of: int | None = None
+
     suffix: str | None = None
 
 
@@ -115,17 +115,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
 
 NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "no_stop_trim": (False,),
     "stop_regex": ([],),
     "regex": (),
     "ebnf": (),
@@ -134,11 +124,6 @@ NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "lora_path": (),
     "session_params": (),
     "custom_logit_processor": (),
-    "extra_key": (),
-    "cache_salt": (),
-    "priority": (0,),
-    "routed_dp_rank": (),
-    "data_parallel_rank": (),
     "disagg_prefill_dp_rank": (),
     "bootstrap_host": (),
     "bootstrap_port": (),
@@ -163,12 +148,6 @@ def refuse_not_served(body: GenerationBody) -> None:
         if value is not None and value not in neutral:
             hint = f" or set it to {msgspec.json.encode(neutral[0]).decode()}" if neutral else ""
             raise ApiError(f"{name} is not supported yet: leave it out{hint}.", param=name)
-    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
-        raise ApiError(
-            "stream_options.continuous_usage_stats is not supported yet: leave it out or set it "
-            "to false.",
-            param="stream_options",
-        )
 
 
 MAX_BODY_BYTES = 16 << 20
@@ -218,11 +197,15 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         raise ApiError(f"The body is not valid JSON: {error}.", kind="Bad Request") from None
 
 
+class PromptTokensDetails(msgspec.Struct, kw_only=True):
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
-    prompt_tokens_details: None = None
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):

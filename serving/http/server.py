@@ -135,6 +135,7 @@ class _Front:
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         stopped = asyncio.create_task(self._stop.wait())
         failed = asyncio.create_task(engine.wait_failed())
+        watching = asyncio.create_task(state.loads.watch())
         try:
             self._announce(engine)
             await asyncio.wait({serving, stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,9 +149,10 @@ class _Front:
             if failed.done() and not stopped.done():
                 raise EngineFailed(failed.result())
         finally:
-            for task in (serving, stopped, failed):
+            tasks = (serving, stopped, failed, watching)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(serving, stopped, failed, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _drain(
         self, server: _Uvicorn, serving: asyncio.Task[None], failed: asyncio.Task[str]

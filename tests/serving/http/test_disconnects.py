@@ -55,7 +55,7 @@ def test_some_of_many_streams_disconnect_midway():
             await until(lambda: not engine.running)
             assert len(engine.aborted) == 10
             assert state.engine.num_open == 0
-            assert state._live == set()
+            assert state._live == {}
 
     run(main)
 
@@ -76,7 +76,7 @@ def test_hanging_up_while_waiting(stream, prompt):
                 with contextlib.suppress(asyncio.CancelledError):
                     await posting
             await until(lambda: len(engine.aborted) == num)
-            await until(lambda: state._live == set())
+            await until(lambda: state._live == {})
             assert state.engine.num_open == 0
 
     run(main)
@@ -116,6 +116,6 @@ def test_hanging_up_in_the_middle_of_a_body():
                 response = await http.post(f"{url}/v1/completions", json={"prompt": [5]})
                 assert response.status_code == 200
             assert len(engine.seen) == 1
-            assert state._live == set()
+            assert state._live == {}
 
     run(main)
