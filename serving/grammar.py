@@ -13,9 +13,10 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from serving.config import ServerConfig
@@ -94,10 +95,9 @@ class GrammarCompiler:
         )
         if not matcher.is_error():
             matcher.compute_bitmask()  # what is too complex, or matches nothing, often shows here
-        if matcher.is_error():
-            raise _unusable(grammar.kind, matcher.get_error())
-        if matcher.is_stopped() and not matcher.is_accepting():
-            raise _unusable(grammar.kind, "nothing matches it")
+        failure = _failure(matcher)
+        if failure is not None:
+            raise _unusable(grammar.kind, failure)
         return matcher
 
 
@@ -224,14 +224,10 @@ class GrammarSet:
         return matcher
 
     def _check(self, rid: str, matcher: LLMatcher) -> None:
-        if matcher.is_error():
+        failure = _failure(matcher)
+        if failure is not None:
             name = NAMES[self._live[rid].grammar.kind]
-            reason = _reason(matcher.get_error())
-            raise GrammarError(f"The answer cannot be continued under its {name}: {reason}.")
-        if matcher.is_stopped() and not matcher.is_accepting():
-            raise GrammarError(
-                "The answer cannot be continued under its grammar: nothing completes it."
-            )
+            raise GrammarError(f"The answer cannot be continued under its {name}: {failure}.")
 
 
 def make_grammar_set(config: ServerConfig, vocab_size: int) -> GrammarSet | None:
@@ -262,7 +258,8 @@ def _to_llguidance(grammar: Grammar) -> str:
     if "\0" in text:
         raise _unusable(kind, "it contains a null character")
     if kind == "regex":
-        return str(LLMatcher.grammar_from_regex(text))
+        # \d is 0-9, as everybody means it; \w stays all letters.
+        return str(LLMatcher.grammar_from_regex(regex_to_lark(text, "d")))
     if kind == "ebnf":
         return str(LLMatcher.grammar_from_lark(_to_lark(text)))
     try:
@@ -273,9 +270,9 @@ def _to_llguidance(grammar: Grammar) -> str:
         text = "{}"
     elif not isinstance(schema, dict):
         raise GrammarError("The JSON schema must be an object (or true, for any JSON).")
-    whitespace = {"whitespace_pattern": JSON_WHITESPACE}
+    defaults: Any = {"whitespace_pattern": JSON_WHITESPACE}
     try:
-        return str(LLMatcher.grammar_from_json_schema(text, defaults=whitespace))
+        return str(LLMatcher.grammar_from_json_schema(text, defaults=defaults))
     except Exception as error:  # a Rust library
         raise _unusable(kind, str(error)) from None
 
@@ -294,8 +291,9 @@ def _to_lark(text: str) -> str:
         raise GrammarError(
             f"The EBNF grammar has {rules} rules; at most {MAX_GBNF_RULES} are possible."
         )
+    text = _without_escapes(text)
     try:
-        return str(gbnf_to_lark(_without_escapes(text)))
+        return str(gbnf_to_lark(text))
     except RecursionError:
         raise _unusable("ebnf", "it is nested too deeply") from None
     except Exception as error:  # the converter raises plain Exception
@@ -314,6 +312,16 @@ def _without_escapes(text: str) -> str:
         return f"\\x{code:02x}" if code < 0x80 else chr(code)
 
     return re.sub(r"\\(?:(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})|.)", character, text, flags=re.DOTALL)
+
+
+def _failure(matcher: LLMatcher) -> str | None:
+    """Why a matcher cannot go on, None where it can or is complete."""
+    message = matcher.get_error() if matcher.is_error() else ""
+    if message.startswith("NoExtension") or (
+        not message and matcher.is_stopped() and not matcher.is_accepting()
+    ):
+        return "no text completes it"
+    return _reason(message) if message else None
 
 
 def _unusable(kind: GrammarKind, message: str) -> GrammarError:

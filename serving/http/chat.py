@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.http.constraints import checked_constraint
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import AnswerToken, Call, Job, complete, generation
 from serving.http.protocol import (
@@ -83,6 +84,7 @@ def to_call(state: ServerState, body: ChatBody, request_id: str | None) -> Call:
         max_tokens=max_tokens,
         logprobs=logprobs,
         seeds=state.seeds,
+        grammar=checked_constraint(body, state.grammars),
     )
     return Call(
         id_prefix="chatcmpl",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.http.constraints import checked_constraint
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import AnswerToken, Call, Job, complete, generation
 from serving.http.protocol import (
@@ -59,6 +60,7 @@ def to_call(state: ServerState, body: CompletionBody, request_id: str | None) ->
         raise ApiError(
             f"logprobs must be in [0, {MAX_LOGPROBS}], got {body.logprobs}.", param="logprobs"
         )
+    grammar = checked_constraint(body, state.grammars)
     jobs = []
     for prompt in _prompts(body.prompt, state.tokenizer):
         check_prompt(prompt, vocab_size=state.tokenizer.vocab_size, context=context, param="prompt")
@@ -70,6 +72,7 @@ def to_call(state: ServerState, body: CompletionBody, request_id: str | None) ->
             max_tokens=max_tokens,
             logprobs=body.logprobs,
             seeds=state.seeds,
+            grammar=grammar,
         )
         jobs.append(Job(prompt=tuple(prompt), sampling=sampling))
     return Call(

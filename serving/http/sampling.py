@@ -15,7 +15,7 @@ import msgspec
 
 from serving.http.errors import ApiError
 from serving.http.protocol import GenerationBody
-from serving.request import SamplingParams
+from serving.request import Grammar, SamplingParams
 from serving.tokenizer import Tokenizer, TokenizerError, read_json
 
 MAX_STOP_STRINGS = 64
@@ -85,6 +85,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     seeds: random.Random,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The sampling parameters of one request; the ranges have been checked.
 
@@ -111,6 +112,7 @@ def sampling_params(
         seed=seed,
         stop_token_ids=tuple(sorted({*eos_ids, *stop_ids})),
         logprobs=logprobs,
+        grammar=grammar,
     )
 
 
