@@ -1,13 +1,20 @@
-"""Pure choices among candidates by their load.
+"""Pure choices among candidates by their load and by what they have cached.
 
 The router makes them over workers, the scheduler over the dp slices of one engine: one policy, two
 levels. Nothing here holds state or reads a clock; what must vary between calls is an argument.
+Work is counted in prompt tokens: what it takes to prefill one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+MISS_WEIGHT = 4
+"""How much worse it is to compute a token than to wait while another one is computed: waiting
+costs one request time, computing costs everybody the device, and the cache the room."""
+REQUEST_CHARGE = 64
+"""What a request that runs on a candidate already adds to the cost of another one there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +23,28 @@ class Load:
 
     tokens: int
     requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What it would take to run one certain request on one candidate.
+
+    Attributes:
+        miss: prompt tokens that the candidate has not cached and must compute.
+        wait: work that goes first there, in prompt tokens.
+        requests: requests that it runs.
+        tokens: KV tokens that it holds for them.
+    """
+
+    miss: int
+    wait: int
+    requests: int
+    tokens: int
+
+    @property
+    def cost(self) -> int:
+        """Expected cost, in prompt tokens."""
+        return MISS_WEIGHT * self.miss + self.wait + REQUEST_CHARGE * self.requests
 
 
 def least_loaded(candidates: Sequence[Load], turn: int = 0) -> int:
@@ -27,9 +56,34 @@ def least_loaded(candidates: Sequence[Load], turn: int = 0) -> int:
     Raises:
         ValueError: there is no candidate.
     """
-    if not candidates:
-        raise ValueError("least_loaded needs at least one candidate, got none.")
-    loads = [(load.tokens, load.requests) for load in candidates]
-    least = min(loads)
-    tied = [index for index, load in enumerate(loads) if load == least]
+    return _least([(load.tokens, load.requests) for load in candidates], turn)
+
+
+def fewest_requests(candidates: Sequence[Load], turn: int = 0) -> int:
+    """The index of the candidate with the fewest requests, then the fewest tokens; ties in turn.
+
+    Raises:
+        ValueError: there is no candidate.
+    """
+    return _least([(load.requests, load.tokens) for load in candidates], turn)
+
+
+def cheapest(candidates: Sequence[Offer], turn: int = 0) -> int:
+    """The index of the candidate with the least expected cost, then the fewest tokens.
+
+    A long cached prefix wins as long as the queue behind it is shorter than what it saves: so hot
+    prefixes spread over candidates by themselves, and no threshold says when affinity must yield.
+    Ties are taken in turn, as in `least_loaded`.
+
+    Raises:
+        ValueError: there is no candidate.
+    """
+    return _least([(offer.cost, offer.tokens) for offer in candidates], turn)
+
+
+def _least(keys: Sequence[tuple[int, int]], turn: int) -> int:
+    if not keys:
+        raise ValueError("A choice needs at least one candidate, got none.")
+    least = min(keys)
+    tied = [index for index, key in enumerate(keys) if key == least]
     return tied[turn % len(tied)]

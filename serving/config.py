@@ -106,8 +106,7 @@ class ServerConfig:
             )
         if self.prefill_decode_interval < 0:
             raise ConfigError(
-                "--prefill-decode-interval must be at least 0, got "
-                f"{self.prefill_decode_interval}."
+                f"--prefill-decode-interval must be at least 0, got {self.prefill_decode_interval}."
             )
         if not self.watchdog_timeout > 0:
             raise ConfigError(

@@ -88,9 +88,7 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether the best token and its log probability are all that is wanted."""
-        return (
-            self.greedy and not self.logprobs and self.grammar is None and not self.needs_setup
-        )
+        return self.greedy and not self.logprobs and self.grammar is None and not self.needs_setup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

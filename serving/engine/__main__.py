@@ -13,126 +13,69 @@ import queue
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from serving.config import ConfigError, ServerConfig, default_compilation_cache_dir
 from serving.messages import (
     HEADER,
-    Abort,
-    EngineStatus,
     Failed,
-    GetStatus,
+    GetPulse,
+    Pulse,
     Ready,
     Shutdown,
-    SliceStatus,
-    StepOutput,
-    Submit,
     ToEngine,
     ToFront,
-    TokenEvent,
     decode_to_engine,
     frame,
 )
-
-if TYPE_CHECKING:
-    from serving.engine.engine import CompileCounter, Engine
-    from serving.scheduler.scheduler import TokenOutcome
 
 log = logging.getLogger("meshserve.engine")
 
 
 class Connection:
-    """The socket to the front: a thread reads whole messages into a queue, the loop writes.
+    """The socket to the front: a thread reads whole messages into a queue, others write.
 
     Attributes:
         starting: while set, a front that goes away ends this process at once (loading and
             compiling cannot be interrupted otherwise).
+        pulse: how long the step loop has been busy without progress, in seconds; set by the loop.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._writing = threading.Lock()
         self.starting = True
+        self.pulse: Callable[[], float] = lambda: 0.0
         self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True, name="front-reader").start()
 
     def send(self, message: ToFront) -> None:
-        self._socket.sendall(frame(message))
+        data = frame(message)
+        with self._writing:
+            self._socket.sendall(data)
 
     def _read(self) -> None:
-        """Messages until the front closes (or breaks) the connection; then Shutdown."""
+        """Messages until the front closes (or breaks) the connection; then Shutdown.
+
+        A question for the pulse is answered here, where a step that hangs cannot hinder it.
+        """
         try:
             with self._socket.makefile("rb") as stream:
                 while header := stream.read(HEADER.size):
                     (length,) = HEADER.unpack(header)
-                    self.inbox.put(decode_to_engine(stream.read(length)))
+                    message = decode_to_engine(stream.read(length))
+                    if isinstance(message, GetPulse):
+                        self.send(Pulse(token=message.token, busy_s=self.pulse()))
+                    else:
+                        self.inbox.put(message)
         except (OSError, msgspec.DecodeError) as error:
             log.error("connection to the front broke: %s", error)
         if self.starting:
             os._exit(1)
         self.inbox.put(Shutdown())
-
-
-class EngineLoop:
-    """Messages in, steps, token events out."""
-
-    def __init__(self, engine: Engine, connection: Connection, compiles: CompileCounter) -> None:
-        self.engine, self.connection, self.compiles = engine, connection, compiles
-
-    def run(self) -> None:
-        """Until Shutdown arrives. Waits without spinning while there is no work."""
-        while True:
-            while not (self.connection.inbox.empty() and self.engine.has_work):
-                message = self.connection.inbox.get()
-                if isinstance(message, Shutdown):
-                    return
-                self._handle(message)
-            outcomes = self.engine.step()
-            if outcomes:
-                self.connection.send(StepOutput([_event(o) for o in outcomes]))
-
-    def _handle(self, message: ToEngine) -> None:
-        match message:
-            case Submit(request):
-                try:
-                    self.engine.add(request)
-                except ValueError as error:
-                    event = TokenEvent(request.rid, None, "error", message=str(error))
-                    self.connection.send(StepOutput([event]))
-            case Abort(rid):
-                self.engine.abort(rid)
-            case GetStatus(token):
-                self.connection.send(self._status(token))
-
-    def _status(self, token: int) -> EngineStatus:
-        return EngineStatus(
-            token=token,
-            waiting=self.engine.scheduler.num_waiting,
-            steps=self.engine.steps,
-            recompilations=self.compiles.count,
-            slices=[
-                SliceStatus(
-                    dp_rank=load.dp_rank,
-                    running=load.running,
-                    used_tokens=load.used_tokens,
-                    total_tokens=load.total_tokens,
-                )
-                for load in self.engine.status()
-            ],
-        )
-
-
-def _event(outcome: TokenOutcome) -> TokenEvent:
-    top = outcome.top_logprobs
-    return TokenEvent(
-        rid=outcome.rid,
-        token_id=outcome.token_id,
-        finish_reason=outcome.finish_reason,
-        logprob=outcome.logprob,
-        top_logprobs=None if top is None else list(top),
-    )
 
 
 def main() -> int:
@@ -152,6 +95,7 @@ def main() -> int:
     from model.checkpoint import CheckpointError
     from model.config import UnsupportedModelError
     from serving.engine.engine import CompileCounter, configure_jax, describe, make_engine
+    from serving.engine.loop import EngineLoop
     from sharding.layout import LayoutError
 
     try:
@@ -178,7 +122,7 @@ def main() -> int:
                 details=details,
             )
         )
-        EngineLoop(engine, connection, compiles).run()
+        EngineLoop(engine, connection, compiles).run(config)
     except ConnectionError:
         return 1  # the front is gone; nobody is left to tell
     except Exception as error:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Protocol
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+import numpy as np
 from jax import monitoring
 
 from serving.config import ConfigError, ServerConfig
 from serving.engine.buckets import Buckets
 from serving.engine.runner import ModelRunner
 from serving.request import Request
-from serving.scheduler.plan import SampledToken, StepPlan
-from serving.scheduler.scheduler import Scheduler, SliceLoad, TokenOutcome
+from serving.scheduler.phases import PhasePolicy
+from serving.scheduler.plan import StepPlan, StepResult
+from serving.scheduler.scheduler import Scheduler, SchedulerConfig, SliceLoad, TokenOutcome
 from sharding.layout import Layout, LayoutError, make_layout
 from sharding.sources import open_source
+
+if TYPE_CHECKING:
+    from serving.grammar import GrammarSet
 
 log = logging.getLogger("meshserve.engine")
 
@@ -25,45 +33,196 @@ EMULATED_DEVICES = 8
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+class LaunchedStep(Protocol):
+    """A step on its way through the device; see `runner.LaunchedStep`."""
+
+    def sample(self, masks: np.ndarray | None = None) -> None: ...
+
+    def open_masks(self) -> np.ndarray: ...
+
+    def mask_row(self, dp_rank: int, index: int) -> int: ...
+
+    def result(self) -> StepResult: ...
+
+
 class Runner(Protocol):
     """What the engine needs of `ModelRunner`."""
 
     buckets: Buckets
 
-    def run(self, plan: StepPlan) -> Sequence[Sequence[SampledToken | None]]: ...
+    def launch(self, plan: StepPlan) -> LaunchedStep: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFailure:
+    """A request that ended because it cannot go on; one sentence for the user."""
+
+    rid: str
+    message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class StepTotals:
+    """What steps took since the start.
+
+    Attributes:
+        count: steps whose tokens are known.
+        seconds: wall time by kind, "decode" or "extend". Where steps overlap, each counts from the
+            end of the one before.
+        prefilling_slices: entry n counts the steps in which n slices prefilled.
+    """
+
+    count: int = 0
+    seconds: dict[str, float]
+    prefilling_slices: list[int]
 
 
 class Engine:
-    """One model on one mesh. Not thread-safe: one loop calls it."""
+    """One model on one mesh. Not thread-safe: one loop calls it.
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
-        self.runner, self.scheduler = runner, scheduler
-        self.steps = 0
+    With `overlap`, a step is planned and launched before the tokens of the one before are read:
+    the device goes from one to the next without waiting for the host. Both ways give the same
+    tokens.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        grammars: GrammarSet | None = None,
+        *,
+        overlap: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args: grammars: the answers' grammars; None refuses requests that have one."""
+        self.runner, self.scheduler, self.grammars = runner, scheduler, grammars
+        self.overlap = overlap
+        num_slices = scheduler.config.num_slices
+        self.totals = StepTotals(
+            seconds={"decode": 0.0, "extend": 0.0}, prefilling_slices=[0] * (num_slices + 1)
+        )
+        self._clock = clock
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
+        self._last_end = 0.0
 
     def add(self, request: Request) -> None:
-        """Queue a request; raises ValueError (RequestTooLong) with a sentence if it cannot run."""
+        """Queue a request.
+
+        Raises:
+            ValueError: with the sentence for the user; `RequestTooLong` and `QueueFull` are such.
+        """
+        grammar = request.sampling.grammar
+        if grammar is None:
+            self.scheduler.add(request)
+            return
+        if self.grammars is None:
+            raise ValueError("This server does not constrain answers (--grammar-backend none).")
         self.scheduler.add(request)
+        try:
+            self.grammars.start(request.rid, grammar)
+        except ValueError:
+            self.scheduler.abort(request.rid)
+            raise
 
     def abort(self, rid: str) -> bool:
         """Forget a request; whether it was there."""
+        if self.grammars is not None:
+            self.grammars.drop(rid)
         return self.scheduler.abort(rid)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
-    def step(self) -> list[TokenOutcome]:
-        """Plan, run and apply one step; the new tokens. Empty if there was nothing to do."""
+    def step(self) -> list[TokenOutcome | RequestFailure]:
+        """Launch the next step and take in what is finished; the new tokens, if there are any."""
         plan = self.scheduler.plan()
+        outcomes: list[TokenOutcome | RequestFailure] = []
         if plan is None:
-            return []
-        outcomes = self.scheduler.apply(plan, self.runner.run(plan))
-        self.steps += 1
+            return self._collect() if self._in_flight else outcomes
+        started = self._clock()
+        launched = self.runner.launch(plan)
+        constrained = self._constrained_rows(plan)
+        if not constrained:
+            launched.sample()
+        if self._in_flight:
+            outcomes += self._collect()
+        if constrained:
+            # The tokens before these are known by now, and the forward pass is still running.
+            outcomes += self._sample_constrained(launched, constrained)
+        self._in_flight.append((plan, launched, started))
+        if not self.overlap:
+            outcomes += self._collect()
         return outcomes
 
     def status(self) -> Sequence[SliceLoad]:
         """The load of every slice."""
         return self.scheduler.status()
+
+    def _collect(self) -> list[TokenOutcome | RequestFailure]:
+        """Wait for the oldest step and take in its tokens."""
+        plan, launched, started = self._in_flight.popleft()
+        result = launched.result()
+        now = self._clock()
+        kind = "extend" if plan.is_extend else "decode"
+        self.totals.count += 1
+        self.totals.seconds[kind] += now - max(started, self._last_end)
+        self.totals.prefilling_slices[sum(bool(s.prefill) for s in plan.slices)] += 1
+        self._last_end = now
+        outcomes: list[TokenOutcome | RequestFailure] = []
+        for outcome in self.scheduler.apply(plan, result):
+            outcomes.append(outcome if self.grammars is None else self._follow(outcome))
+        return outcomes
+
+    def _follow(self, outcome: TokenOutcome) -> TokenOutcome | RequestFailure:
+        """Tell the request's grammar of its new token; the request may end by it."""
+        assert self.grammars is not None
+        rid = outcome.rid
+        if rid not in self.grammars:
+            return outcome
+        if outcome.finish_reason is not None:
+            self.grammars.drop(rid)
+            return outcome
+        try:
+            self.grammars.advance(rid, outcome.token_id)
+        except ValueError as error:
+            self.abort(rid)
+            return RequestFailure(rid=rid, message=str(error))
+        if not self.grammars.is_finished(rid):
+            return outcome
+        # Nothing may follow but an end token, and there may be none that the client wants.
+        self.grammars.drop(rid)
+        self.scheduler.finish(rid)
+        return replace(outcome, finish_reason="stop")
+
+    def _constrained_rows(self, plan: StepPlan) -> list[tuple[str, int, int]]:
+        """(rid, dp rank, index among the slice's rows) of every token that a grammar governs."""
+        if not self.grammars:
+            return []
+        return [
+            (row.rid, dp_rank, index)
+            for dp_rank, rows in enumerate(plan.slices)
+            for index, row in enumerate((*rows.decode, *rows.prefill))
+            if row.sampling.grammar is not None and getattr(row, "samples", True)
+        ]
+
+    def _sample_constrained(
+        self, launched: LaunchedStep, rows: list[tuple[str, int, int]]
+    ) -> list[TokenOutcome | RequestFailure]:
+        """Build the masks of a step and sample it."""
+        assert self.grammars is not None
+        masks = launched.open_masks()
+        failures: list[TokenOutcome | RequestFailure] = []
+        for rid, dp_rank, index in rows:
+            if rid not in self.grammars:
+                continue  # its end came with the last tokens: this row's is dropped
+            try:
+                self.grammars.fill(rid, masks[dp_rank, launched.mask_row(dp_rank, index)])
+            except ValueError as error:
+                self.abort(rid)
+                failures.append(RequestFailure(rid=rid, message=str(error)))
+        launched.sample(masks)
+        return failures
 
 
 class CompileCounter:
@@ -141,7 +300,15 @@ def make_engine(config: ServerConfig) -> Engine:
             model.num_kv_heads,
         )
     runner = ModelRunner(config, source, layout)
-    scheduler = Scheduler(
+    scheduler = Scheduler(scheduler_config(config, runner))
+    return Engine(runner, scheduler, overlap=not config.disable_overlap_schedule)
+
+
+def scheduler_config(config: ServerConfig, runner: ModelRunner) -> SchedulerConfig:
+    """Sizes from the runner, policies from the flags."""
+    exact = config.enable_deterministic_inference
+    balance = config.load_balance_method
+    return SchedulerConfig(
         num_slices=runner.layout.num_slices,
         slots_per_slice=runner.buckets.slots,
         pages_per_slice=runner.num_pages,
@@ -149,8 +316,19 @@ def make_engine(config: ServerConfig) -> Engine:
         prefill_tokens_per_step=runner.buckets.prefill_tokens,
         prefill_rows_per_step=runner.buckets.prefill_chunks,
         max_context_tokens=runner.max_context,
+        max_queued=config.max_queued_requests,
+        schedule_policy=config.schedule_policy,
+        load_balance="cache_aware" if balance == "auto" else balance,
+        radix_cache=not config.disable_radix_cache,
+        phases=PhasePolicy(
+            interval=config.prefill_decode_interval,
+            max_delay=config.prefill_delayer_max_delay_passes
+            if config.enable_prefill_delayer
+            else None,
+            exclusive=exact,
+        ),
+        reproducible=exact,
     )
-    return Engine(runner, scheduler)
 
 
 def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:

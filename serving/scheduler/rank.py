@@ -1,42 +1,85 @@
 """One dp slice as a little server of its own: its running set, slots, pages and prefill budget.
 
-Running requests stand in arrival order, which is also the order of their rows, of their claims to
-free pages, and, from the other end, of retraction: so the oldest request of a slice always gets on.
+Running requests stand in order of rank (priority, then arrival), which is also the order of their
+rows, of their claims to pages, and, from the other end, of retraction: so the first request of a
+slice always gets on. A step counts as done once it is planned, because the device runs steps in the
+order of planning: only the tokens it samples are not known before they are applied.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from dataclasses import dataclass
 from operator import attrgetter
 
 from serving.request import Request
 from serving.scheduler.cache_manager import CacheManager, IntegrityError
-from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan
+from serving.scheduler.phases import Phase, SliceWork
+from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan, TokenScore
+from serving.scheduler.radix_cache import Node, PrefixKey
 
-ARRIVAL = attrgetter("arrival")
+ORDER = attrgetter("order")
 
 
 class LiveRequest:
     """A request from `Scheduler.add` to its end, and how far it has come.
 
     Attributes:
-        arrival: number of the request in order of arrival; a retracted request keeps it.
+        order: (-priority, number of arrival); a retracted request keeps it.
+        arrived: time of arrival, in seconds of the scheduler's clock.
+        bound: the only slice that may run it; None while every slice may.
         generated: the tokens sampled so far, all of them reported already.
         context: the tokens to prefill: the prompt, after a retraction also what was generated.
+        key: `context` for the prefix tree; matches: by slice, the last node found for it.
         num_cached: KV entries written by the steps planned so far.
+        rows_in_flight: rows of planned steps whose results are not known yet.
+        samples_in_flight: tokens among these results.
+        first_cached: prompt tokens found in the prefix cache at the first start; None before.
+        queue_s: seconds from arrival to the first start.
+        scores: log probabilities of prompt tokens so far.
+        passed_over: how often the queue served others first although they arrived later.
         rank: the slice it runs on; None while it waits.
         slot: its place in the slice, below slots_per_slice; meaningless while it waits.
         live: False once it is finished or aborted; a step's result for it is then dropped.
     """
 
-    __slots__ = ("arrival", "context", "generated", "live", "num_cached", "rank", "request", "slot")
+    __slots__ = (
+        "arrived",
+        "bound",
+        "context",
+        "first_cached",
+        "generated",
+        "key",
+        "live",
+        "matches",
+        "num_cached",
+        "order",
+        "passed_over",
+        "queue_s",
+        "rank",
+        "request",
+        "rows_in_flight",
+        "samples_in_flight",
+        "scores",
+        "slot",
+    )
 
-    def __init__(self, request: Request, arrival: int) -> None:
+    def __init__(self, request: Request, *, number: int, arrived: float, bound: int | None) -> None:
         self.request = request
-        self.arrival = arrival
+        self.order = (-request.priority, number)
+        self.arrived = arrived
+        self.bound = bound
         self.generated: list[int] = []
         self.context = request.prompt
+        self.key = PrefixKey.of(request.prompt, request.cache_key)
+        self.matches: dict[int, Node] = {}
         self.num_cached = 0
+        self.rows_in_flight = 0
+        self.samples_in_flight = 0
+        self.first_cached: int | None = None
+        self.queue_s = 0.0
+        self.scores: list[TokenScore] = []
+        self.passed_over = 0
         self.rank: RankScheduler | None = None
         self.slot = -1
         self.live = True
@@ -46,67 +89,110 @@ class LiveRequest:
         """Tokens of prompt and answer if it runs to max_tokens."""
         return len(self.request.prompt) + self.request.sampling.max_tokens
 
+    @property
+    def steps_left(self) -> int:
+        """Tokens that no step planned so far samples, if it runs to max_tokens."""
+        known = len(self.generated) + self.samples_in_flight
+        return self.request.sampling.max_tokens - known
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether a part of the context has not been planned."""
+        return self.num_cached < len(self.context)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log probabilities of the prompt are still wanted."""
+        return self.request.prompt_logprobs is not None and not self.generated
+
+    @property
+    def max_prefix(self) -> int:
+        """Most context tokens that may come from the cache: the last one must be computed."""
+        return 0 if self.scoring else len(self.context) - 1
+
+    def known_key(self) -> PrefixKey:
+        """The key of all tokens known: prompt and answer so far."""
+        done = len(self.context) - len(self.request.prompt)
+        return self.key.extended(self.generated[done:])
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """Totals of one slice since the start; see `serving.messages.SliceCounters`."""
+
+    started: int = 0
+    finished: int = 0
+    aborted: int = 0
+    retracted: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+
 
 class StepDraft:
     """One slice's rows while a step is being planned, and the prefill budget that is left."""
 
-    __slots__ = ("_slice_tokens", "decode", "decoding", "prefill", "prefilling", "rows", "tokens")
+    __slots__ = ("decode", "prefill", "prefill_tokens", "rows", "samplers", "tokens")
 
     def __init__(self, *, tokens: int, rows: int) -> None:
         self.tokens = tokens
         self.rows = rows
-        self._slice_tokens = tokens
+        self.prefill_tokens = 0
         self.decode: list[DecodeRow] = []
         self.prefill: list[PrefillChunk] = []
-        self.decoding: list[LiveRequest | None] = []
-        self.prefilling: list[LiveRequest | None] = []
+        self.samplers: list[tuple[LiveRequest, bool]] = []
+        """By row: whose it is, and whether it samples a token."""
 
     @property
-    def prefill_tokens(self) -> int:
-        """Prompt tokens drafted so far."""
-        return self._slice_tokens - self.tokens
+    def open(self) -> bool:
+        """Whether another chunk fits."""
+        return self.tokens > 0 and self.rows > 0
 
     def add_decode(self, live: LiveRequest, pages: tuple[int, ...]) -> None:
         """One row for the request's next token; `pages` have room for the token fed."""
+        request = live.request
         self.decode.append(
-            DecodeRow(
-                rid=live.request.rid,
-                slot=live.slot,
-                position=live.num_cached,
-                pages=pages,
-                sampling=live.request.sampling,
-            )
+            DecodeRow(request.rid, live.slot, live.num_cached, pages, request.sampling)
         )
-        self.decoding.append(live)
+        self.samplers.append((live, True))
         live.num_cached += 1
+        live.rows_in_flight += 1
+        live.samples_in_flight += 1
 
     def add_chunk(self, live: LiveRequest, pages: tuple[int, ...]) -> None:
         """As much of the request's context as the budget allows."""
-        start = live.num_cached
+        request, start = live.request, live.num_cached
         tokens = live.context[start : start + self.tokens]
-        live.num_cached += len(tokens)
-        samples = live.num_cached == len(live.context)
+        live.num_cached = end = start + len(tokens)
+        samples = end == len(live.context)
+        setup = samples and request.sampling.needs_setup
+        num_prompt = len(request.prompt)
         self.prefill.append(
             PrefillChunk(
-                rid=live.request.rid,
-                slot=live.slot,
-                tokens=tokens,
-                start=start,
-                pages=pages,
-                samples=samples,
-                sampling=live.request.sampling,
+                request.rid,
+                live.slot,
+                tokens,
+                start,
+                pages,
+                samples,
+                request.sampling,
+                prompt=request.prompt if setup else None,
+                answer=live.context[num_prompt:] if setup else (),
+                targets=live.context[start + 1 : end + 1] if live.scoring else None,
+                num_alternatives=request.prompt_logprobs or 0,
             )
         )
-        self.prefilling.append(live if samples else None)
+        self.samplers.append((live, samples))
+        live.rows_in_flight += 1
+        live.samples_in_flight += samples
         self.tokens -= len(tokens)
+        self.prefill_tokens += len(tokens)
         self.rows -= 1
 
     def slice_plan(self) -> SlicePlan:
         return SlicePlan(decode=tuple(self.decode), prefill=tuple(self.prefill))
-
-    def samplers(self) -> list[LiveRequest | None]:
-        """Who gets the token of each row, in row order; None for rows that sample nothing."""
-        return self.decoding + self.prefilling
 
 
 class RankScheduler:
@@ -120,8 +206,16 @@ class RankScheduler:
         page_size: int,
         prefill_tokens_per_step: int,
         prefill_rows_per_step: int,
+        radix_cache: bool,
+        reproducible: bool,
     ) -> None:
-        """Raises ValueError for a size that lets no request run. `num_pages` counts page 0."""
+        """`num_pages` counts page 0. With `reproducible`, no KV entry's bits depend on what else
+        runs: entries of answers are not shared (decode steps wrote them, a prompt's come from
+        prefill), and every page of an answer is set aside at its start, so that nothing is
+        retracted and computed again.
+
+        Raises ValueError for a size that lets no request run.
+        """
         for name, value in (
             ("num_slots", num_slots),
             ("prefill_tokens_per_step", prefill_tokens_per_step),
@@ -129,78 +223,155 @@ class RankScheduler:
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        self.cache = CacheManager(num_pages=num_pages, page_size=page_size)
+        self.cache = CacheManager(num_pages=num_pages, page_size=page_size, radix_cache=radix_cache)
+        self.counters = Counters()
         self._running: list[LiveRequest] = []
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._prefill_tokens = prefill_tokens_per_step
         self._prefill_rows = prefill_rows_per_step
+        self._reproducible = reproducible
 
     @property
     def num_running(self) -> int:
         return len(self._running)
 
-    def draft_running(self) -> tuple[StepDraft, list[LiveRequest]]:
-        """Draft the next step of the requests that run already: all decode rows, then prefill.
+    @property
+    def has_slot(self) -> bool:
+        return bool(self._free_slots)
 
-        Where a decode row needs a page and none is free, the newest running request is retracted.
-        Since the rows are served oldest first, that is one without a row yet, at last the row's
-        own request. The second result lists the retracted requests; the caller queues them.
+    @property
+    def context_tokens(self) -> int:
+        """KV entries of all running requests; shared ones count for each."""
+        return sum(live.num_cached for live in self._running)
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Context tokens of running requests that no step planned so far computes."""
+        return sum(max(0, len(live.context) - live.num_cached) for live in self._running)
+
+    def unfinished_prompt(self) -> LiveRequest | None:
+        """The running request whose context is planned in part; there is one at most.
+
+        A context stays unfinished only where it used up a step's budget, and nothing starts
+        without budget.
         """
-        draft = StepDraft(tokens=self._prefill_tokens, rows=self._prefill_rows)
+        return next((live for live in self._running if live.prefilling), None)
+
+    def work(self) -> SliceWork:
+        """What the next step could do here."""
+        prefilling = sum(live.prefilling for live in self._running)
+        closing = sum(live.steps_left <= 0 for live in self._running)
+        return SliceWork(
+            decoding=len(self._running) - prefilling - closing,
+            prefilling=prefilling > 0,
+            can_start=bool(self._free_slots),
+        )
+
+    def steps_until_free(self) -> list[int]:
+        """Steps until each running request frees its slot at the latest, soonest first."""
+        return sorted(live.steps_left for live in self._running)
+
+    def draft_running(self, phase: Phase) -> tuple[StepDraft, list[LiveRequest]]:
+        """Draft the next step of the requests that run already: decode rows, then prefill.
+
+        Where a decode row needs a page and none is left, the last running request is retracted.
+        Since the rows are served in order, that is one without a row yet, at last the row's own
+        request. The second result lists the retracted requests; the caller queues them.
+        """
+        tokens = self._prefill_tokens if phase.prefill else 0
+        draft = StepDraft(tokens=tokens, rows=self._prefill_rows)
         retracted = []
-        prefilling = []
-        index = 0
-        while index < len(self._running):
-            live = self._running[index]
-            if live.num_cached < len(live.context):
-                prefilling.append(live)
-            else:
-                pages = self.cache.extend(live.request.rid, live.num_cached + 1)
-                if pages is None:
-                    retracted.append(self._retract_newest())
+        if phase.decode:
+            index = 0
+            while index < len(self._running):
+                live = self._running[index]
+                index += 1
+                if live.prefilling or live.steps_left <= 0:
                     continue
-                draft.add_decode(live, pages)
-            index += 1
-        # A prompt stays unfinished only where it used up the budget, and nothing starts without
-        # budget: so at most one request of a slice is in the middle of its prompt. None of these
-        # was retracted since, because each retraction was for a row that stood before its victim.
-        for live in prefilling:
-            draft.add_chunk(live, self.cache.pages(live.request.rid))
+                pages = self.cache.extend(live.request.rid, live.num_cached + 1)
+                if pages is not None:
+                    draft.add_decode(live, pages)
+                elif (victim := self._victim(live)) is not None:
+                    self._retract(victim)
+                    retracted.append(victim)
+                    index -= victim is not live
+                # Else somebody's last token is in flight: its pages are free in a moment.
+        unfinished = self.unfinished_prompt()
+        if unfinished is not None and draft.open:
+            draft.add_chunk(unfinished, self.cache.pages(unfinished.request.rid))
+            self._publish(unfinished)
         return draft, retracted
 
-    def can_start(self, live: LiveRequest, draft: StepDraft) -> bool:
-        """Whether a waiting request can start in the step being drafted.
+    def find_prefix(self, live: LiveRequest, index: int) -> Node:
+        """The longest prefix of a waiting request cached here; this is slice `index`."""
+        node = live.matches.get(index)
+        node = live.matches[index] = self.cache.match(live.key, live.max_prefix, node)
+        return node
 
-        It takes a slot, prefill budget, and pages for its context and one token more. One page
-        is kept back for each running request that may still need one: else a prompt would be
-        prefilled on the last free pages only to be retracted in one of the next steps.
+    def tokens_ahead(self, live: LiveRequest, node: Node) -> int:
+        """How many tokens beyond prefix `node` the unfinished prompt here will yet cache for it.
+
+        Waiting for them is cheaper than computing them again beside it.
         """
-        if not (self._free_slots and draft.tokens and draft.rows):
+        leader = self.unfinished_prompt()
+        size = self.cache.page_size
+        if leader is None or not self.cache.shares or node.depth != leader.num_cached // size:
+            return 0
+        if leader.key.namespace != live.key.namespace:
+            return 0
+        limit = min(live.max_prefix, len(leader.context)) // size
+        index = node.depth
+        while index < limit and live.key.page(index, size) == leader.key.page(index, size):
+            index += 1
+        return (index - node.depth) * size
+
+    def fits(self, live: LiveRequest, node: Node) -> bool:
+        """Whether there are a slot and pages for a waiting request, on prefix `node`.
+
+        It takes pages for its context and one token more. One page is kept back for each running
+        request that may still need one: else a prompt would be prefilled on the last pages only
+        to be retracted in one of the next steps.
+        """
+        if not self._free_slots:
             return False
-        spare = self.cache.num_free_pages - self.cache.pages_for(len(live.context) + 1)
+        spare = self.cache.spare_pages(node, self._first_tokens(live))
         if spare < 0 or spare >= len(self._running):
             return spare >= 0
         return spare >= sum(map(self._may_grow, self._running))
 
-    def start(self, live: LiveRequest, draft: StepDraft) -> None:
-        """Take in a waiting request and draft its first chunk. `can_start` must have said yes."""
-        pages = self.cache.allocate(live.request.rid, len(live.context) + 1)
-        assert pages is not None, "start() without can_start()"
+    def start(self, live: LiveRequest, node: Node, draft: StepDraft, now: float) -> None:
+        """Take in a waiting request on prefix `node` and draft its first chunk. It must fit."""
+        pages = self.cache.start(live.request.rid, node, self._first_tokens(live))
+        assert pages is not None, "start() of a request that does not fit"
         live.rank = self
         live.slot = self._free_slots.pop()
-        insort(self._running, live, key=ARRIVAL)
+        live.num_cached = node.depth * self.cache.page_size
+        live.matches.clear()
+        live.scores.clear()
+        if live.first_cached is None:
+            live.first_cached = live.num_cached
+            live.queue_s = now - live.arrived
+            self.counters.started += 1
+            self.counters.prompt_tokens += len(live.context)
+            self.counters.cached_tokens += live.num_cached
+        insort(self._running, live, key=ORDER)
         draft.add_chunk(live, pages)
+        self._publish(live)
 
     def remove(self, live: LiveRequest) -> None:
         """Free the slot and the pages of a running request, whatever becomes of it."""
         self._running.remove(live)
         self._free_slots.append(live.slot)
-        self.cache.release(live.request.rid)
+        key = live.known_key()
+        written = min(live.num_cached, len(live.request.prompt) + len(live.generated))
+        if self._reproducible:
+            written = min(written, len(live.request.prompt))
+        self.cache.release(live.request.rid, key, written)
         live.rank = None
 
     def check_integrity(self) -> None:
-        """Prove that slots and pages are free or owned once and that pages hold what was cached.
+        """Prove that slots and pages are free or held once and that pages hold what was cached.
 
         Raises:
             IntegrityError: they do not; the text names the slot, page or request.
@@ -208,8 +379,10 @@ class RankScheduler:
         slots = sorted(self._free_slots + [live.slot for live in self._running])
         if slots != list(range(self._num_slots)):
             raise IntegrityError(f"Slots 0 to {self._num_slots - 1} are held as {slots}.")
-        if self._running != sorted(self._running, key=ARRIVAL):
-            raise IntegrityError("The running requests are not in order of arrival.")
+        if self._running != sorted(self._running, key=ORDER):
+            raise IntegrityError("The running requests are not in their order.")
+        if sum(live.prefilling for live in self._running) > 1:
+            raise IntegrityError("Two requests of one slice are in the middle of their prompts.")
         self.cache.check_integrity([live.request.rid for live in self._running])
         for live in self._running:
             held = len(self.cache.pages(live.request.rid)) * self.cache.page_size
@@ -219,13 +392,33 @@ class RankScheduler:
                     f"pages for {held} (live: {live.live}, bound here: {live.rank is self})."
                 )
 
+    def _first_tokens(self, live: LiveRequest) -> int:
+        """KV entries that a request gets room for when it starts."""
+        # The last token of an answer is never fed, so its entry is never written.
+        return live.max_total_tokens - 1 if self._reproducible else len(live.context) + 1
+
+    def _publish(self, live: LiveRequest) -> None:
+        """Share what a drafted chunk writes: rows of the same step may read it already."""
+        written = live.num_cached
+        if self._reproducible:
+            written = min(written, len(live.request.prompt))
+        self.cache.publish(live.request.rid, live.key, written)
+
     def _may_grow(self, live: LiveRequest) -> bool:
         return self.cache.pages_for(live.max_total_tokens) > len(self.cache.pages(live.request.rid))
 
-    def _retract_newest(self) -> LiveRequest:
-        live = self._running[-1]
+    def _victim(self, needy: LiveRequest) -> LiveRequest | None:
+        """Who gives up its pages for `needy`: the last request that has tokens to go.
+
+        None where that is `needy` itself and a request's end is only waiting to be applied.
+        """
+        last = next(live for live in reversed(self._running) if live.steps_left > 0)
+        if last is needy and any(live.steps_left <= 0 for live in self._running):
+            return None
+        return last
+
+    def _retract(self, live: LiveRequest) -> None:
+        """Back to the queue; what it had cached stays in the tree as long as there is room."""
         self.remove(live)
-        # All its generated tokens are known, since no step is in flight while one is planned.
-        live.context = live.request.prompt + tuple(live.generated)
         live.num_cached = 0
-        return live
+        self.counters.retracted += 1

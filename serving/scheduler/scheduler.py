@@ -1,28 +1,90 @@
-"""What every dp slice computes in each step: one central queue in order of arrival, bound late.
+"""What every dp slice computes in each step: one central queue, bound late.
 
-`plan` decides a step, the engine runs it, `apply` takes its tokens in; the two alternate. Decisions
-depend on nothing but the calls made so far. An abort frees pages and slot at once, even between
-`plan` and `apply`: they go only to steps launched later, and the device runs steps in the order of
-launch, so a step in flight cannot write over its successor. That holds for any number of steps in
-flight; results of a request that is gone are dropped.
+`plan` decides a step, the engine runs it, `apply` takes its tokens in. A second step may be planned
+before the first is applied: rows whose input is still being sampled take it on the device.
+Decisions depend on nothing but the calls made so far. An abort frees pages and slot at once, even
+between `plan` and `apply`: they go only to steps planned later, and the device runs steps in the
+order of planning, so a step in flight cannot write over its successor. Results of a request that is
+gone are dropped.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from router.policies import Load, least_loaded
+from router.policies import Load, fewest_requests, least_loaded
 from serving.request import FinishReason, Request
 from serving.scheduler.cache_manager import IntegrityError
-from serving.scheduler.plan import SampledToken, StepPlan
-from serving.scheduler.rank import ARRIVAL, LiveRequest, RankScheduler, StepDraft
+from serving.scheduler.dispatch import Dispatch
+from serving.scheduler.phases import Phase, PhasePolicy, choose_phase
+from serving.scheduler.plan import SampledToken, StepPlan, StepResult, TokenScore, TopLogprobs
+from serving.scheduler.rank import ORDER, Counters, LiveRequest, RankScheduler, StepDraft
+
+MAX_IN_FLIGHT = 2
+"""Steps that may be planned and not applied: one runs while the next is prepared."""
+LPM_WINDOW = 128
+"""How many waiting requests --schedule-policy lpm looks at."""
+MAX_PASSED_OVER = 64
+"""So often lpm may serve others first; then a request's turn has come."""
 
 
 class RequestTooLong(ValueError):
     """The request can never run, however empty the server; the message says what is possible."""
+
+
+class QueueFull(ValueError):
+    """Too many requests wait already; the message is one sentence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Sizes and policies. All sizes are per slice.
+
+    Attributes:
+        num_slices: number of dp slices, at least 1.
+        slots_per_slice: most requests running at once.
+        pages_per_slice: KV pages, the sink (page 0) included.
+        page_size: KV tokens in a page.
+        prefill_tokens_per_step: most prompt tokens in a step.
+        prefill_rows_per_step: most prefill chunks in a step.
+        max_context_tokens: most tokens of prompt and answer in one request.
+        max_queued: most requests waiting; None for any number.
+        schedule_policy: who starts first among equal priorities: "fcfs" in order of arrival, "lpm"
+            by the longest cached prefix.
+        load_balance: which slice runs a request: "cache_aware", "total_requests", "total_tokens",
+            or "round_robin".
+        radix_cache: whether prefixes are kept and shared.
+        phases: when slices prefill.
+        reproducible: see `RankScheduler`.
+    """
+
+    num_slices: int
+    slots_per_slice: int
+    pages_per_slice: int
+    page_size: int
+    prefill_tokens_per_step: int
+    prefill_rows_per_step: int
+    max_context_tokens: int
+    max_queued: int | None = None
+    schedule_policy: str = "fcfs"
+    load_balance: str = "cache_aware"
+    radix_cache: bool = True
+    phases: PhasePolicy = field(default_factory=PhasePolicy)
+    reproducible: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstOutcome:
+    """What is told once, with a request's first token; see `serving.messages.FirstToken`."""
+
+    dp_rank: int
+    cached_tokens: int
+    queue_s: float
+    scores: tuple[TokenScore, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,71 +95,63 @@ class TokenOutcome:
     token_id: int
     finish_reason: FinishReason | None
     logprob: float
-    top_logprobs: tuple[tuple[int, float], ...] | None
+    top_logprobs: TopLogprobs | None
+    first: FirstOutcome | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceLoad:
-    """The load of one slice: running requests, KV tokens in owned pages, KV tokens in all."""
+    """The load of one slice; see `serving.messages.SliceStatus`."""
 
     dp_rank: int
+    mode: str
     running: int
+    waiting: int
     used_tokens: int
+    cached_tokens: int
     total_tokens: int
+    pending_prefill_tokens: int
+    decode_context_tokens: int
+    evicted_tokens: int
+    counters: Counters
 
 
 class Scheduler:
     """All live requests of one engine: the waiting ones here, the running ones by slice."""
 
     def __init__(
-        self,
-        *,
-        num_slices: int,
-        slots_per_slice: int,
-        pages_per_slice: int,
-        page_size: int,
-        prefill_tokens_per_step: int,
-        prefill_rows_per_step: int,
-        max_context_tokens: int,
+        self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """All sizes are per slice.
-
-        Args:
-            num_slices: number of dp slices, at least 1.
-            slots_per_slice: most requests running at once.
-            pages_per_slice: KV pages, the sink (page 0) included.
-            page_size: KV tokens in a page.
-            prefill_tokens_per_step: most prompt tokens in a step.
-            prefill_rows_per_step: most prefill chunks in a step.
-            max_context_tokens: most tokens of prompt and answer in one request.
-
-        Raises:
-            ValueError: with these sizes nothing could run.
-        """
-        for name, value in (("num_slices", num_slices), ("max_context_tokens", max_context_tokens)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        """Raises ValueError when nothing could run with these sizes."""
+        for name in ("num_slices", "max_context_tokens"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
+        self.config = config
+        self._clock = clock
         self._ranks = [
             RankScheduler(
-                num_slots=slots_per_slice,
-                num_pages=pages_per_slice,
-                page_size=page_size,
-                prefill_tokens_per_step=prefill_tokens_per_step,
-                prefill_rows_per_step=prefill_rows_per_step,
+                num_slots=config.slots_per_slice,
+                num_pages=config.pages_per_slice,
+                page_size=config.page_size,
+                prefill_tokens_per_step=config.prefill_tokens_per_step,
+                prefill_rows_per_step=config.prefill_rows_per_step,
+                radix_cache=config.radix_cache,
+                reproducible=config.reproducible,
             )
-            for _ in range(num_slices)
+            for _ in range(config.num_slices)
         ]
-        self._max_context_tokens = max_context_tokens
         self._live: dict[str, LiveRequest] = {}
-        self._waiting: deque[LiveRequest] = deque()  # in order of arrival
-        self._in_flight: tuple[StepPlan, list[list[LiveRequest | None]]] | None = None
+        self._waiting: list[LiveRequest] = []  # in order
+        self._in_flight: deque[tuple[StepPlan, list[list[tuple[LiveRequest, bool]]]]] = deque()
+        self._modes = ["idle"] * config.num_slices
         self._num_arrived = 0
         self._num_started = 0
-        self._num_retracted = 0
+        self._since_prefill = 0
+        self._delayed = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is live. If so, and no step is in flight, `plan` returns one."""
+        """Whether any request is live. If so, `plan` returns a step unless one is in flight."""
         return bool(self._live)
 
     @property
@@ -105,28 +159,43 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the contexts of waiting requests."""
+        return sum(len(live.context) for live in self._waiting)
+
+    @property
     def num_retracted(self) -> int:
         """Retractions since the start; a request retracted twice counts twice."""
-        return self._num_retracted
+        return sum(rank.counters.retracted for rank in self._ranks)
 
     def status(self) -> tuple[SliceLoad, ...]:
         """The load of every slice, in rank order."""
+        bound = [live.bound for live in self._waiting if live.bound is not None]
         return tuple(
             SliceLoad(
                 dp_rank=index,
+                mode=self._modes[index],
                 running=rank.num_running,
+                waiting=bound.count(index),
                 used_tokens=rank.cache.used_tokens,
+                cached_tokens=rank.cache.cached_tokens,
                 total_tokens=rank.cache.total_tokens,
+                pending_prefill_tokens=rank.pending_prefill_tokens,
+                decode_context_tokens=rank.context_tokens,
+                evicted_tokens=rank.cache.num_evicted_pages * rank.cache.page_size,
+                counters=replace(rank.counters),
             )
             for index, rank in enumerate(self._ranks)
         )
 
     def add(self, request: Request) -> None:
-        """Queue a request behind all others.
+        """Queue a request behind all others of its priority.
 
         Raises:
             RequestTooLong: prompt and max_tokens exceed the context or the pool of a slice.
-            ValueError: the prompt is empty, max_tokens is below 1, or the rid is live already.
+            QueueFull: max_queued requests wait already.
+            ValueError: the prompt is empty, max_tokens is below 1, there is no such slice, or the
+                rid is live already.
         """
         rid, prompt, max_tokens = request.rid, len(request.prompt), request.sampling.max_tokens
         if rid in self._live:
@@ -135,16 +204,30 @@ class Scheduler:
             raise ValueError("The prompt is empty: at least one token is needed.")
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+        if request.dp_rank is not None and not 0 <= request.dp_rank < len(self._ranks):
+            raise ValueError(
+                f"DP rank {request.dp_rank} is not active: ranks 0 to {len(self._ranks) - 1} are."
+            )
         pool = self._ranks[0].cache.total_tokens
-        for limit, what in ((self._max_context_tokens, "the context"), (pool, "the KV pool")):
+        for limit, what in (
+            (self.config.max_context_tokens, "the context"),
+            (pool, "the KV pool"),
+        ):
             if prompt + max_tokens > limit:
                 raise RequestTooLong(
                     f"The prompt has {prompt} tokens and max_tokens is {max_tokens}, together "
                     f"{prompt + max_tokens}, but {what} holds at most {limit} tokens per request."
                 )
-        live = self._live[rid] = LiveRequest(request, self._num_arrived)
+        most = self.config.max_queued
+        if most is not None and len(self._waiting) >= most:
+            raise QueueFull(f"The request queue is full: {most} requests wait already.")
+        bound = request.dp_rank
+        if bound is None and self.config.load_balance == "round_robin":
+            bound = self._num_arrived % len(self._ranks)
+        live = LiveRequest(request, number=self._num_arrived, arrived=self._clock(), bound=bound)
+        self._live[rid] = live
         self._num_arrived += 1
-        self._waiting.append(live)
+        insort(self._waiting, live, key=ORDER)
 
     def abort(self, rid: str) -> bool:
         """Forget a request and free what it holds; no outcome for it follows.
@@ -152,75 +235,79 @@ class Scheduler:
         Allowed at any time, between `plan` and `apply` too; the rid may be used again at once.
         Returns whether the request was live.
         """
-        live = self._live.get(rid)
-        if live is None:
+        return self._end(rid, "aborted")
+
+    def finish(self, rid: str) -> bool:
+        """End a request whose answer is complete for a reason that the scheduler cannot see.
+
+        As `abort`, but it counts as finished.
+        """
+        return self._end(rid, "finished")
+
+    def flush_cache(self) -> bool:
+        """Forget all cached prefixes, unless requests are live. Returns whether it did."""
+        if self._live or self._in_flight:
             return False
-        if live.rank is None:
-            self._waiting.remove(live)
-        self._forget(live)
+        for rank in self._ranks:
+            rank.cache.flush()
         return True
 
     def plan(self) -> StepPlan | None:
-        """Decide the next step; None when no request is live.
+        """Decide the next step; None when nothing can be done before a step in flight is applied.
 
         Requests that run go first: a decode row for each, then the prompt left unfinished by the
-        step before. Waiting requests then start in order of arrival as long as the first of them
-        finds a slice. The plan counts as launched: give its tokens to `apply`, which must come
-        before the next `plan`.
+        step before. Waiting requests then start, in order, each on its slice. The plan counts as
+        launched: give its result to `apply`, in the order of planning.
 
         Raises:
-            RuntimeError: the step planned before has not been applied.
+            RuntimeError: two steps have not been applied.
         """
-        if self._in_flight is not None:
-            raise RuntimeError("plan() was called before the tokens of the last plan were applied.")
-        drafts = []
-        for rank in self._ranks:
-            draft, retracted = rank.draft_running()
-            drafts.append(draft)
-            self._num_retracted += len(retracted)
-            for live in retracted:
-                # It arrived before all that wait, except others that were retracted.
-                insort(self._waiting, live, key=ARRIVAL)
-        while self._waiting:
-            index = self._choose_slice(self._waiting[0], drafts)
-            if index is None:
-                break
-            self._ranks[index].start(self._waiting.popleft(), drafts[index])
-            self._num_started += 1
-        if not any(draft.decode or draft.prefill for draft in drafts):
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            raise RuntimeError("plan() was called with two steps that have not been applied.")
+        phase = self._choose_phase()
+        drafts = self._draft(phase)
+        if not phase.decode and not any(draft.samplers for draft in drafts):
+            # Prefill was meant to have a step of its own, but there is no room to start anything.
+            phase = Phase(prefill=False, decode=True)
+            drafts = self._draft(phase)
+        if not any(draft.samplers for draft in drafts):
             return None
         plan = StepPlan(slices=tuple(draft.slice_plan() for draft in drafts))
-        self._in_flight = plan, [draft.samplers() for draft in drafts]
+        self._in_flight.append((plan, [draft.samplers for draft in drafts]))
+        self._count(plan, phase)
         return plan
 
-    def apply(
-        self, plan: StepPlan, sampled: Sequence[Sequence[SampledToken | None]]
-    ) -> list[TokenOutcome]:
-        """Take in the tokens of a step; finished requests free their slots and pages.
+    def apply(self, plan: StepPlan, result: StepResult) -> list[TokenOutcome]:
+        """Take in the result of a step; finished requests free their slots and pages.
 
-        `sampled[i]` has one entry per row of `plan.slices[i]`, decode rows first, then prefill
-        chunks: the row's token, or None where a chunk samples nothing. The outcomes come in that
-        order, without those of requests aborted since.
+        The outcomes come in the order of rows, without those of requests aborted since.
 
         Raises:
-            ValueError: the plan is not the one in flight, or the tokens do not match its rows.
+            ValueError: the plan is not the oldest one in flight, or the tokens do not match its
+                rows.
         """
-        if self._in_flight is None or self._in_flight[0] is not plan:
-            raise ValueError("apply() was called with a plan that is not in flight.")
-        samplers = self._in_flight[1]
-        if [len(tokens) for tokens in sampled] != [len(rows) for rows in samplers]:
+        if not self._in_flight or self._in_flight[0][0] is not plan:
+            raise ValueError("apply() was called with a plan that is not the oldest in flight.")
+        samplers = self._in_flight[0][1]
+        if [len(tokens) for tokens in result.tokens] != [len(rows) for rows in samplers]:
             raise ValueError(
                 f"The plan has {[len(rows) for rows in samplers]} rows by slice, but "
-                f"{[len(tokens) for tokens in sampled]} sampled tokens were given."
+                f"{[len(tokens) for tokens in result.tokens]} sampled tokens were given."
             )
-        self._in_flight = None
+        self._in_flight.popleft()
         outcomes = []
-        for rows, tokens in zip(samplers, sampled, strict=True):
-            for live, token in zip(rows, tokens, strict=True):
-                if (live is None) != (token is None):
+        for index, (rows, tokens) in enumerate(zip(samplers, result.tokens, strict=True)):
+            for (live, samples), token in zip(rows, tokens, strict=True):
+                live.rows_in_flight -= 1
+                live.samples_in_flight -= samples
+                if samples != (token is not None):
                     raise ValueError("The token of a row is missing, or one came unasked for.")
-                if live is not None and token is not None and live.live:
-                    outcomes.append(self._take(live, token))
+                if not live.live:
+                    continue
+                if live.scoring:
+                    live.scores += result.scores.get(live.request.rid, ())
+                if token is not None:
+                    outcomes.append(self._take(live, token, index))
         return outcomes
 
     def check_integrity(self) -> None:
@@ -233,9 +320,9 @@ class Scheduler:
         """
         for rank in self._ranks:
             rank.check_integrity()
-        waiting = list(self._waiting)
-        if waiting != sorted(waiting, key=ARRIVAL):
-            raise IntegrityError("The waiting requests are not in order of arrival.")
+        waiting = self._waiting
+        if waiting != sorted(waiting, key=ORDER):
+            raise IntegrityError("The waiting requests are not in their order.")
         num_running = sum(rank.num_running for rank in self._ranks)
         if len(self._live) != num_running + len(waiting) or not all(
             self._live.get(live.request.rid) is live and live.rank is None for live in waiting
@@ -245,33 +332,109 @@ class Scheduler:
                 f"{len(waiting)} wait."
             )
 
-    def _choose_slice(self, live: LiveRequest, drafts: list[StepDraft]) -> int | None:
-        """The slice that starts a waiting request in this step; None when none can.
+    def _choose_phase(self) -> Phase:
+        return choose_phase(
+            self.config.phases,
+            [rank.work() for rank in self._ranks],
+            waiting=len(self._waiting),
+            since_prefill=self._since_prefill,
+            delayed=self._delayed,
+        )
 
-        All slices wait for the one with the most prompt tokens. So the first question is where
-        least of the prompt is left for later steps, the second where the step gets least longer
-        by it, and only then which slice has the least load.
-        """
-        longest = max(draft.prefill_tokens for draft in drafts)
-        least_cost = None
-        best: list[int] = []
-        for index, (rank, draft) in enumerate(zip(self._ranks, drafts, strict=True)):
-            if not rank.can_start(live, draft):
-                continue
-            chunk = min(len(live.context), draft.tokens)
-            cost = (len(live.context) - chunk, max(longest, draft.prefill_tokens + chunk))
-            if least_cost is None or cost < least_cost:
-                least_cost, best = cost, []
-            if cost == least_cost:
-                best.append(index)
-        if not best:
-            return None
-        ranks = [self._ranks[index] for index in best]
-        loads = [Load(tokens=r.cache.used_tokens, requests=r.num_running) for r in ranks]
-        return best[least_loaded(loads, turn=self._num_started)]
+    def _draft(self, phase: Phase) -> list[StepDraft]:
+        """The rows of every slice: running requests, then those that start now."""
+        drafts = []
+        for rank in self._ranks:
+            draft, retracted = rank.draft_running(phase)
+            drafts.append(draft)
+            for live in retracted:
+                insort(self._waiting, live, key=ORDER)
+        if phase.prefill and self._waiting:
+            self._admit(drafts)
+        return drafts
 
-    def _take(self, live: LiveRequest, token: SampledToken) -> TokenOutcome:
+    def _admit(self, drafts: list[StepDraft]) -> None:
+        """Start waiting requests, in order, as long as a slice has room for more prompt."""
+        dispatch = Dispatch(self._ranks, drafts, choose=self._chooser())
+        if dispatch.closed:
+            return
+        now = self._clock()
+        started = []
+        for live in self._queue():
+            if live.rows_in_flight:
+                continue  # retracted a moment ago: its last token is not known yet
+            if live.rank is None and live.generated:
+                self._renew(live)
+            choice = dispatch.place(live, turn=self._num_started)
+            if choice is not None:
+                index, node = choice
+                self._ranks[index].start(live, node, drafts[index], now)
+                started.append(live)
+                self._num_started += 1
+            if dispatch.closed:
+                break
+        if started:
+            gone = set(started)
+            self._waiting = [live for live in self._waiting if live not in gone]
+            if self.config.schedule_policy == "lpm":
+                newest = max(started, key=ORDER)
+                for live in self._waiting:
+                    live.passed_over += live.order < newest.order
+
+    def _chooser(self) -> Callable[[Sequence[Load], int], int] | None:
+        """How to choose among slices that can start a request now; None: by expected cost."""
+        match self.config.load_balance:
+            case "cache_aware":
+                return None
+            case "total_requests":
+                return fewest_requests
+            case _:
+                return least_loaded
+
+    def _queue(self) -> list[LiveRequest]:
+        """The waiting requests in the order in which they may start."""
+        if self.config.schedule_policy != "lpm" or len(self._waiting) < 2:
+            return self._waiting
+        window = self._waiting[:LPM_WINDOW]
+
+        def rank_of(live: LiveRequest) -> tuple[int, bool, int, int]:
+            depth = max(
+                rank.find_prefix(live, index).depth for index, rank in enumerate(self._ranks)
+            )
+            overdue = live.passed_over >= MAX_PASSED_OVER
+            return (live.order[0], not overdue, 0 if overdue else -depth, live.order[1])
+
+        return sorted(window, key=rank_of) + self._waiting[LPM_WINDOW:]
+
+    def _renew(self, live: LiveRequest) -> None:
+        """The context of a request that was retracted: all its tokens are known by now."""
+        done = len(live.context) - len(live.request.prompt)
+        if done < len(live.generated):
+            live.key = live.known_key()
+            live.context = live.request.prompt + tuple(live.generated)
+
+    def _count(self, plan: StepPlan, phase: Phase) -> None:
+        self._modes = [s.mode for s in plan.slices]
+        for rank, slice_plan in zip(self._ranks, plan.slices, strict=True):
+            rank.counters.prefill_steps += bool(slice_plan.prefill)
+            rank.counters.decode_steps += slice_plan.mode == "decode"
+        if plan.is_extend:
+            self._since_prefill = self._delayed = 0
+        else:
+            self._since_prefill += 1
+            self._delayed += not phase.prefill
+
+    def _take(self, live: LiveRequest, token: SampledToken, index: int) -> TokenOutcome:
+        first = None
+        if not live.generated:
+            first = FirstOutcome(
+                dp_rank=index,
+                cached_tokens=live.first_cached or 0,
+                queue_s=live.queue_s,
+                scores=tuple(live.scores) if live.scoring else None,
+            )
         live.generated.append(token.token_id)
+        self._ranks[index].counters.generated_tokens += 1
         sampling = live.request.sampling
         reason: FinishReason | None = None
         if token.token_id in sampling.stop_token_ids:
@@ -279,6 +442,7 @@ class Scheduler:
         elif len(live.generated) == sampling.max_tokens:
             reason = "length"
         if reason is not None:
+            self._ranks[index].counters.finished += 1
             self._forget(live)
         return TokenOutcome(
             rid=live.request.rid,
@@ -286,10 +450,22 @@ class Scheduler:
             finish_reason=reason,
             logprob=token.logprob,
             top_logprobs=token.top_logprobs,
+            first=first,
         )
+
+    def _end(self, rid: str, how: str) -> bool:
+        live = self._live.get(rid)
+        if live is None:
+            return False
+        rank = live.rank or self._ranks[live.bound or 0]
+        setattr(rank.counters, how, getattr(rank.counters, how) + 1)
+        self._forget(live)
+        return True
 
     def _forget(self, live: LiveRequest) -> None:
         if live.rank is not None:
             live.rank.remove(live)
+        else:
+            self._waiting.remove(live)
         live.live = False
         del self._live[live.request.rid]

@@ -6,9 +6,12 @@ page, slot, position or token anywhere in the context changes it, as it would in
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
+
 from serving.request import Request, SamplingParams
-from serving.scheduler.plan import SampledToken, SlicePlan, StepPlan
-from serving.scheduler.scheduler import Scheduler, TokenOutcome
+from serving.scheduler.plan import SampledToken, SlicePlan, StepPlan, StepResult, TokenScore
+from serving.scheduler.scheduler import FirstOutcome, Scheduler, SchedulerConfig, TokenOutcome
 
 VOCABULARY = 29
 
@@ -32,6 +35,12 @@ def tokens_alone(request: Request) -> list[int]:
     return tokens[len(request.prompt) :]
 
 
+def score(target: int, num_alternatives: int) -> TokenScore:
+    """The score of a prompt token: any function of what the chunk says."""
+    top = tuple((token, -1.0 - token) for token in range(num_alternatives))
+    return TokenScore(target, -float(target), top)
+
+
 class FakeRunner:
     """Runs plans. `kv[slice][page][offset]` is (position, token); page 0 is never touched."""
 
@@ -41,8 +50,15 @@ class FakeRunner:
         self.kv = [[[(-1, -1)] * page_size for _ in range(pages)] for _ in range(num_slices)]
         self.last_token = [[-1] * slots for _ in range(num_slices)]
 
-    def run(self, plan: StepPlan) -> list[list[SampledToken | None]]:
-        return [self._run_slice(rank, rows) for rank, rows in enumerate(plan.slices)]
+    def run(self, plan: StepPlan) -> StepResult:
+        tokens = [self._run_slice(rank, rows) for rank, rows in enumerate(plan.slices)]
+        scores = {
+            chunk.rid: [score(target, chunk.num_alternatives) for target in chunk.targets]
+            for rows in plan.slices
+            for chunk in rows.prefill
+            if chunk.targets is not None
+        }
+        return StepResult(tokens=tokens, scores=scores)
 
     def _run_slice(self, rank: int, rows: SlicePlan) -> list[SampledToken | None]:
         # All rows write before any reads: two rows that share a page spoil each other's context.
@@ -81,7 +97,10 @@ class FakeRunner:
 
 
 class Harness:
-    """A scheduler and a fake runner of the same sizes, and what every request got so far."""
+    """A scheduler and a fake runner of the same sizes, and what every request got so far.
+
+    With `overlap` a step is planned and run before the tokens of the step before are applied.
+    """
 
     def __init__(
         self,
@@ -93,31 +112,59 @@ class Harness:
         prefill_tokens: int = 16,
         prefill_rows: int = 4,
         max_context_tokens: int = 1 << 20,
+        overlap: bool = False,
+        **policies: object,
     ) -> None:
+        self.now = 0.0
         self.scheduler = Scheduler(
-            num_slices=num_slices,
-            slots_per_slice=slots,
-            pages_per_slice=pages,
-            page_size=page_size,
-            prefill_tokens_per_step=prefill_tokens,
-            prefill_rows_per_step=prefill_rows,
-            max_context_tokens=max_context_tokens,
+            SchedulerConfig(
+                num_slices=num_slices,
+                slots_per_slice=slots,
+                pages_per_slice=pages,
+                page_size=page_size,
+                prefill_tokens_per_step=prefill_tokens,
+                prefill_rows_per_step=prefill_rows,
+                max_context_tokens=max_context_tokens,
+                **policies,
+            ),
+            clock=lambda: self.now,
         )
         self.runner = FakeRunner(
             num_slices=num_slices, slots=slots, pages=pages, page_size=page_size
         )
+        self.overlap = overlap
+        self.launched: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.first: dict[str, FirstOutcome] = {}
         self.finished: dict[str, str] = {}
         self.aborted: set[str] = set()
 
-    def add(self, rid: str, prompt_tokens: int, max_tokens: int = 4, **sampling: object) -> None:
-        """Queue a request whose prompt is told by its rid and length."""
+    def add(
+        self,
+        rid: str,
+        prompt_tokens: int,
+        max_tokens: int = 4,
+        *,
+        shared: int = 0,
+        **fields: object,
+    ) -> None:
+        """Queue a request; its prompt is told by its rid and length, but for `shared` first tokens.
+
+        `fields` are those of the request or of its sampling parameters.
+        """
         offset = sum(map(ord, rid))
+        own = {f.name for f in dataclasses.fields(Request)}
         request = Request(
             rid=rid,
-            prompt=tuple((offset + 7 * i) % VOCABULARY for i in range(prompt_tokens)),
-            sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+            prompt=tuple(
+                i % 11 if i < shared else (offset + 7 * i) % VOCABULARY
+                for i in range(prompt_tokens)
+            ),
+            sampling=SamplingParams(
+                max_tokens=max_tokens, **{k: v for k, v in fields.items() if k not in own}
+            ),
+            **{k: v for k, v in fields.items() if k in own},
         )
         self.scheduler.add(request)
         self.requests[rid] = request
@@ -131,33 +178,57 @@ class Harness:
         return aborted
 
     def plan(self) -> StepPlan:
-        plan = self.scheduler.plan()
+        plan = self._launch()
         assert plan is not None, "nothing was planned although requests are live"
-        assert any(rows.decode or rows.prefill for rows in plan.slices)
+        return plan
+
+    def _launch(self) -> StepPlan | None:
+        """Plan a step and run it; its result waits to be applied."""
+        plan = self.scheduler.plan()
         self.scheduler.check_integrity()
+        if plan is None:
+            return None
+        assert any(rows.decode or rows.prefill for rows in plan.slices)
+        self.launched.append((plan, self.runner.run(plan)))
         return plan
 
     def finish(self, plan: StepPlan) -> list[TokenOutcome]:
-        """Run a plan and apply its tokens."""
-        outcomes = self.scheduler.apply(plan, self.runner.run(plan))
+        """Apply the result of the oldest plan, which is this one."""
+        oldest, result = self.launched.popleft()
+        assert oldest is plan
+        outcomes = self.scheduler.apply(plan, result)
         self.scheduler.check_integrity()
         for outcome in outcomes:
             assert outcome.rid not in self.finished
             assert outcome.rid not in self.aborted
+            if not self.tokens[outcome.rid]:
+                assert outcome.first is not None
+                self.first[outcome.rid] = outcome.first
+            else:
+                assert outcome.first is None
             self.tokens[outcome.rid].append(outcome.token_id)
             if outcome.finish_reason is not None:
                 self.finished[outcome.rid] = outcome.finish_reason
         return outcomes
 
     def step(self) -> StepPlan:
-        plan = self.plan()
-        self.finish(plan)
+        """One turn of the engine's loop; the plan made, or applied where none could be made."""
+        if not self.overlap:
+            plan = self.plan()
+            self.finish(plan)
+            return plan
+        plan = self._launch()
+        assert plan is not None or self.launched, "requests are live, but nothing happens"
+        if plan is None or len(self.launched) > 1:
+            oldest = self.launched[0][0]
+            self.finish(oldest)
+            return plan or oldest
         return plan
 
     def drain(self, max_steps: int = 2000) -> list[StepPlan]:
         """Step until nothing is live; then every page must be free and every answer right."""
         plans = []
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.launched:
             assert len(plans) < max_steps, "no end in sight: a livelock"
             plans.append(self.step())
         assert self.scheduler.plan() is None
@@ -177,6 +248,16 @@ class Harness:
                 assert self.tokens[rid] == alone
                 stopped = alone[-1] in request.sampling.stop_token_ids
                 assert self.finished[rid] == ("stop" if stopped else "length")
+        for rid, first in self.first.items():
+            request = self.requests[rid]
+            assert 0 <= first.cached_tokens < len(request.prompt)
+            assert first.dp_rank == request.dp_rank or request.dp_rank is None
+            if request.prompt_logprobs is None:
+                assert first.scores is None
+            else:
+                assert first.cached_tokens == 0
+                wanted = [score(token, request.prompt_logprobs) for token in request.prompt[1:]]
+                assert list(first.scores or ()) == wanted
 
 
 def rids(plan: StepPlan) -> list[tuple[list[str], list[str]]]:

@@ -8,8 +8,8 @@ import pytest
 
 from serving.request import Request, SamplingParams
 from serving.scheduler.cache_manager import IntegrityError
-from serving.scheduler.plan import SampledToken
-from serving.scheduler.scheduler import RequestTooLong, Scheduler
+from serving.scheduler.plan import SampledToken, StepResult
+from serving.scheduler.scheduler import RequestTooLong, Scheduler, SchedulerConfig
 from tests.serving.scheduler.fake_runner import Harness, rids, tokens_alone
 
 
@@ -126,7 +126,7 @@ def test_log_probabilities_pass_through():
     scheduler.add(Request(rid="a", prompt=(1,), sampling=SamplingParams(max_tokens=1)))
     plan = scheduler.plan()
     token = SampledToken(token_id=7, logprob=-0.5, top_logprobs=((7, -0.5), (8, -1.5)))
-    (outcome,) = scheduler.apply(plan, [[token]])
+    (outcome,) = scheduler.apply(plan, StepResult(tokens=[[token]], scores={}))
     assert (outcome.token_id, outcome.logprob) == (7, -0.5)
     assert outcome.top_logprobs == ((7, -0.5), (8, -1.5))
 
@@ -237,7 +237,7 @@ def test_one_step_in_which_slices_prefill_decode_do_both_and_idle():
 
 
 def test_the_newest_request_is_retracted_and_its_tokens_do_not_change():
-    harness = Harness(pages=7, page_size=2, slots=3, prefill_tokens=16)
+    harness = Harness(pages=7, page_size=2, slots=3, prefill_tokens=16, radix_cache=False)
     harness.add("old", prompt_tokens=2, max_tokens=9)
     harness.add("new", prompt_tokens=2, max_tokens=9)
     plans = harness.drain()
@@ -297,7 +297,7 @@ def test_a_retracted_request_may_come_back_on_another_slice():
 
 @pytest.mark.parametrize(("prompt_tokens", "starts"), [(1, True), (3, False)])
 def test_a_page_is_kept_back_for_each_running_request_that_may_still_grow(prompt_tokens, starts):
-    harness = Harness(pages=5, page_size=2, slots=4, prefill_tokens=16)
+    harness = Harness(pages=5, page_size=2, slots=4, prefill_tokens=16, radix_cache=False)
     harness.add("grows", prompt_tokens=3, max_tokens=5)
     harness.step()
     # Two of four pages are free. A prompt of two pages would fit, but "grows" is going to take
@@ -309,7 +309,7 @@ def test_a_page_is_kept_back_for_each_running_request_that_may_still_grow(prompt
 
 
 def test_no_page_is_kept_back_for_requests_that_end_within_theirs():
-    harness = Harness(pages=5, page_size=2, slots=4, prefill_tokens=16)
+    harness = Harness(pages=5, page_size=2, slots=4, prefill_tokens=16, radix_cache=False)
     harness.add("ends", prompt_tokens=2, max_tokens=2)
     harness.step()
     harness.add("large", prompt_tokens=3, max_tokens=1)
@@ -426,20 +426,24 @@ def test_sizes_with_which_nothing_runs_are_refused(size):
         "prefill_rows_per_step": 1,
         "max_context_tokens": 1,
     }
-    Scheduler(**sizes)
+    Scheduler(SchedulerConfig(**sizes))
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        Scheduler(**{**sizes, size: 0})
+        Scheduler(SchedulerConfig(**{**sizes, size: 0}))
 
 
-def test_plan_and_apply_alternate():
+def test_two_steps_may_be_in_flight_and_are_applied_in_order():
     harness = Harness()
     harness.add("a", prompt_tokens=1)
-    plan = harness.plan()
-    with pytest.raises(RuntimeError, match="before the tokens of the last plan were applied"):
+    first, second = harness.plan(), harness.plan()
+    with pytest.raises(RuntimeError, match="two steps that have not been applied"):
         harness.scheduler.plan()
-    harness.finish(plan)
-    with pytest.raises(ValueError, match="not in flight"):
-        harness.scheduler.apply(plan, [[None]])
+    nothing = StepResult(tokens=[[None]], scores={})
+    with pytest.raises(ValueError, match="not the oldest in flight"):
+        harness.scheduler.apply(second, nothing)
+    harness.finish(first)
+    harness.finish(second)
+    with pytest.raises(ValueError, match="not the oldest in flight"):
+        harness.scheduler.apply(first, nothing)
 
 
 @pytest.mark.parametrize("tokens", [[], [[]], [[None, None]], [[None]]])
@@ -447,7 +451,7 @@ def test_tokens_that_do_not_match_the_rows_are_refused(tokens):
     harness = Harness()
     harness.add("a", prompt_tokens=1)
     with pytest.raises(ValueError, match=r"has \[1\] rows by slice|is missing"):
-        harness.scheduler.apply(harness.plan(), tokens)
+        harness.scheduler.apply(harness.plan(), StepResult(tokens=tokens, scores={}))
 
 
 def test_integrity_names_a_slot_that_got_lost():
