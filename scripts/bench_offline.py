@@ -145,7 +145,7 @@ class Bench:
 
     def run(self, name: str, sessions: Sequence[Session]) -> dict[str, Any]:
         """All sessions at once, to the end: seconds and rates."""
-        steps, compiles, before = self.engine.steps, self.compiles.count, self.totals()
+        steps, compiles, before = self.engine.totals.count, self.compiles.count, self.totals()
         num_in = 0
         began = time.perf_counter()
         for session in sessions:
@@ -165,7 +165,7 @@ class Bench:
             "out/s": num_out / seconds,
             "total/s": (num_in + num_out) / seconds,
             "hit rate": cached / started,
-            "steps": self.engine.steps - steps,
+            "steps": self.engine.totals.count - steps,
             "recompilations": self.compiles.count - compiles,
         }
 
