@@ -146,25 +146,23 @@ class Transformer(nnx.Module):
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head
         return head.logits(x, comm)[:, : self.config.vocab_size]
 
-    def __call__(
-        self, kv: jax.Array, batch: ForwardBatch, comm: Comm, logit_rows: jax.Array | None = None
+    def hidden(
+        self, kv: jax.Array, batch: ForwardBatch, comm: Comm
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """One step of one dp slice.
+        """All layers of one step of one dp slice, before the final norm.
 
         Args:
             kv: [L, N, S, ...], this device's share of the slice's pool, see `kv_entry`.
             batch: its rows.
             comm: how this device meets the others.
-            logit_rows: i32 [R], rows whose logits are wanted; default `sampled_rows(batch)`.
 
         Returns:
-            logits f32 [R, V], the updated pool, and i32 [MoE layers, E]: tokens per expert.
+            hidden rows [T, D], the updated pool, and i32 [MoE layers, E]: tokens per expert.
         """
-        config = self.config
         rows = derive_rows(batch, kv.shape[2])
-        cos, sin = rope_tables(config, rows.positions)
+        cos, sin = rope_tables(self.config, rows.positions)
         x = self.embed(rows.tokens, comm)
-        counts, first_layer = [], 0
+        counts, first_layer = [jnp.zeros((0, self.config.num_experts), jnp.int32)], 0
         for segment in self.segments:
             x, kv, segment_counts = _run_segment(
                 segment, first_layer, x, kv, batch, rows, cos, sin, comm
@@ -172,9 +170,18 @@ class Transformer(nnx.Module):
             first_layer += segment.num_layers
             if segment.kind == "moe":
                 counts.append(segment_counts)
+        return x, kv, jnp.concatenate(counts)
+
+    def __call__(
+        self, kv: jax.Array, batch: ForwardBatch, comm: Comm, logit_rows: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`hidden` and the logits, f32 [R, V] in place of hidden rows.
+
+        `logit_rows`, i32 [R], are the rows whose logits are wanted; default `sampled_rows(batch)`.
+        """
+        x, kv, counts = self.hidden(kv, batch, comm)
         x = x[sampled_rows(batch) if logit_rows is None else logit_rows]
-        no_experts = jnp.zeros((0, config.num_experts), jnp.int32)
-        return self.logits(x, comm), kv, jnp.concatenate([no_experts, *counts])
+        return self.logits(x, comm), kv, counts
 
 
 def _scaled(x: jax.Array, factor: float) -> jax.Array:

@@ -1,14 +1,21 @@
 """A step plan into one padded int32 row per slice, and back into named arrays on the device.
 
 One row per slice means one upload per step. `Packing` is the single description of what stands
-where in a row: the host writes through it, the compiled programs read through it.
+where in a row: the host writes through it, the compiled programs read through it. `BatchBuilder`
+writes; it keeps what stays the same from step to step (page tables, sampling numbers) by slot, so
+that a step of hundreds of rows costs the host a few array operations.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -16,10 +23,29 @@ from model.batch import ForwardBatch
 from serving.engine.buckets import Shape
 from serving.engine.sampler import SamplingBatch
 from serving.request import SamplingParams
-from serving.scheduler.plan import SlicePlan, StepPlan
+from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan, StepPlan
 
 HOTTEST = 1e30
 """Beyond, a temperature means the same (every token alike) but leaves float32."""
+
+
+class Column(IntEnum):
+    """The numbers of a row to sample, i32 or the bits of f32.
+
+    SLOT is where the token goes (the number of slots: nowhere), STATE_SLOT whose memory counts.
+    """
+
+    SLOT = 0
+    POSITION = 1
+    STATE_SLOT = 2
+    SEED = 3
+    TOP_K = 4
+    TEMPERATURE = 5
+    TOP_P = 6
+    MIN_P = 7
+    REPETITION = 8
+    PRESENCE = 9
+    FREQUENCY = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +64,9 @@ class Packing:
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every part of a row, in order."""
         b, m, c = self.shape.decode_rows, self.shape.prefill_rows, self.shape.chunks
-        r, p = self.shape.sampled_rows, self.table_width
+        p = self.table_width
         return {
-            "decode_slots": (b,),
+            "sampling": (self.shape.sampled_rows, len(Column)),
             "decode_positions": (b,),
             "decode_tables": (b, p),
             "prefill_tokens": (m,),
@@ -48,12 +74,6 @@ class Packing:
             "chunk_rows": (c,),
             "chunk_start": (c,),
             "chunk_tables": (c, p),
-            "sample_slots": (r,),
-            "sample_positions": (r,),
-            "seeds": (r,),
-            "temperatures": (r,),
-            "top_ks": (r,),
-            "top_ps": (r,),
         }
 
     @property
@@ -61,12 +81,12 @@ class Packing:
         """int32 numbers in a row."""
         return sum(int(np.prod(shape)) for shape in self.fields().values())
 
-    def views(self, row: np.ndarray) -> dict[str, np.ndarray]:
-        """Named views into one row (host side)."""
+    def views(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Named views [D, ...] into the rows of all slices, i32 [D, width] (host side)."""
         parts, at = {}, 0
         for name, shape in self.fields().items():
             size = int(np.prod(shape))
-            parts[name] = row[at : at + size].reshape(shape)
+            parts[name] = rows[:, at : at + size].reshape(len(rows), *shape)
             at += size
         return parts
 
@@ -79,11 +99,17 @@ class Packing:
             at += size
         return parts
 
-    def forward_batch(self, row: jax.Array, last_tokens: jax.Array) -> ForwardBatch:
-        """The model's view of a row; decode rows take their slot's last token, i32 [slots + 1]."""
+    def forward_batch(
+        self, row: jax.Array, last_tokens: jax.Array
+    ) -> tuple[ForwardBatch, jax.Array]:
+        """The model's view of a row, and the sampler's numbers, i32 [R, len(Column)].
+
+        Decode rows take their slot's last token, i32 [slots + 1].
+        """
         parts = self.unpack(row)
-        return ForwardBatch(
-            decode_tokens=last_tokens[parts["decode_slots"]],
+        numbers = parts["sampling"]
+        batch = ForwardBatch(
+            decode_tokens=last_tokens[numbers[: self.shape.decode_rows, Column.SLOT]],
             decode_positions=parts["decode_positions"],
             decode_tables=parts["decode_tables"],
             prefill_tokens=parts["prefill_tokens"],
@@ -92,65 +118,157 @@ class Packing:
             chunk_start=parts["chunk_start"],
             chunk_tables=parts["chunk_tables"],
         )
-
-    def sampling_batch(self, row: jax.Array) -> tuple[SamplingBatch, jax.Array]:
-        """The sampler's view of a row, and the slot each row's token is for, i32 [R]."""
-        parts = self.unpack(row)
-        batch = SamplingBatch(
-            positions=parts["sample_positions"],
-            seeds=parts["seeds"],
-            temperatures=lax.bitcast_convert_type(parts["temperatures"], np.float32),
-            top_ks=parts["top_ks"],
-            top_ps=lax.bitcast_convert_type(parts["top_ps"], np.float32),
-        )
-        return batch, parts["sample_slots"]
+        return batch, numbers
 
     def empty(self, num_slices: int) -> np.ndarray:
         """i32 [D, width] in which every row of every slice is padding."""
         rows = np.zeros((num_slices, self.width), np.int32)
-        for row in rows:
-            parts = self.views(row)
-            parts["decode_slots"][:] = self.num_slots
-            parts["decode_positions"][:] = -1
-            parts["chunk_first_row"][:] = self.shape.prefill_rows
-            parts["sample_slots"][:] = self.num_slots
+        parts = self.views(rows)
+        parts["sampling"][..., Column.SLOT] = self.num_slots
+        parts["sampling"][..., Column.STATE_SLOT] = self.num_slots
+        parts["decode_positions"][:] = -1
+        parts["chunk_first_row"][:] = self.shape.prefill_rows
         return rows
 
 
-def build_batch(plan: StepPlan, packing: Packing) -> np.ndarray:
-    """The packed rows of a plan, i32 [D, packing.width]."""
-    rows = packing.empty(len(plan.slices))
-    for row, slice_plan in zip(rows, plan.slices, strict=True):
-        if slice_plan.decode or slice_plan.prefill:
-            _fill(packing.views(row), slice_plan, packing.shape.decode_rows)
-    return rows
+def sampling_batch(numbers: jax.Array) -> SamplingBatch:
+    """The sampler's view of the numbers of R rows, i32 [R, len(Column)]."""
+
+    def real(column: Column) -> jax.Array:
+        return lax.bitcast_convert_type(numbers[:, column], jnp.float32)
+
+    return SamplingBatch(
+        positions=numbers[:, Column.POSITION],
+        seeds=numbers[:, Column.SEED],
+        temperatures=real(Column.TEMPERATURE),
+        top_ks=numbers[:, Column.TOP_K],
+        top_ps=real(Column.TOP_P),
+        min_ps=real(Column.MIN_P),
+        repetition=real(Column.REPETITION),
+        presence=real(Column.PRESENCE),
+        frequency=real(Column.FREQUENCY),
+    )
 
 
-def _fill(parts: dict[str, np.ndarray], plan: SlicePlan, decode_rows: int) -> None:
-    temperatures = parts["temperatures"].view(np.float32)
-    top_ps = parts["top_ps"].view(np.float32)
+def sampling_numbers(params: SamplingParams, slot: int, num_slots: int) -> np.ndarray:
+    """i32 [len(Column)] of a row in `slot`; the position is left 0."""
+    state_slot = slot if params.needs_setup else num_slots
+    seed = int(np.uint32(params.seed).view(np.int32))
+    reals = (
+        0.0 if params.greedy else min(params.temperature, HOTTEST),
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+    bits = np.array(reals, np.float32).view(np.int32)
+    return np.array([slot, 0, state_slot, seed, params.top_k, *bits], np.int32)
 
-    def sampling(at: int, slot: int, position: int, params: SamplingParams) -> None:
-        parts["sample_slots"][at] = slot
-        parts["sample_positions"][at] = position
-        parts["seeds"][at] = np.uint32(params.seed).view(np.int32)
-        temperatures[at] = 0.0 if params.greedy else min(params.temperature, HOTTEST)
-        parts["top_ks"][at] = params.top_k
-        top_ps[at] = params.top_p
 
-    for i, row in enumerate(plan.decode):
-        parts["decode_slots"][i] = row.slot
-        parts["decode_positions"][i] = row.position
-        parts["decode_tables"][i, : len(row.pages)] = row.pages
-        sampling(i, row.slot, row.position + 1, row.sampling)
-    first = 0
-    for i, chunk in enumerate(plan.prefill):
-        size = len(chunk.tokens)
-        parts["prefill_tokens"][first : first + size] = chunk.tokens
-        parts["chunk_first_row"][i] = first
-        parts["chunk_rows"][i] = size
-        parts["chunk_start"][i] = chunk.start
-        parts["chunk_tables"][i, : len(chunk.pages)] = chunk.pages
-        first += size
-        if chunk.samples:
-            sampling(decode_rows + i, chunk.slot, chunk.start + size, chunk.sampling)
+class Batch(NamedTuple):
+    """A plan for the device.
+
+    Attributes:
+        rows: i32 [D, packing.width]; a fresh array, which the upload may go on reading.
+        samples: whether any row samples a token.
+        plain: whether the best token and its log probability are all that any row wants.
+    """
+
+    rows: np.ndarray
+    samples: bool
+    plain: bool
+
+
+class BatchBuilder:
+    """Writes plans into rows. Owns a mirror of every slot's page table and sampling numbers.
+
+    A mirror is refreshed where a row's `pages` or `sampling` is another object than last time;
+    plans are immutable, so the same object means the same contents.
+    """
+
+    def __init__(self, *, num_slices: int, num_slots: int, table_width: int) -> None:
+        self._num_slots = num_slots
+        self._tables = np.zeros((num_slices, num_slots, table_width), np.int32)
+        self._numbers = np.zeros((num_slices, num_slots, len(Column)), np.int32)
+        self._plain = np.zeros((num_slices, num_slots), bool)
+        self._pages: list[list[tuple[int, ...] | None]] = [
+            [None] * num_slots for _ in range(num_slices)
+        ]
+        self._sampling: list[list[SamplingParams | None]] = [
+            [None] * num_slots for _ in range(num_slices)
+        ]
+        self._empty: dict[Packing, np.ndarray] = {}
+
+    def build(self, plan: StepPlan, packing: Packing) -> Batch:
+        """The rows of a plan that the packing's shape holds."""
+        empty = self._empty.get(packing)
+        if empty is None:
+            empty = self._empty[packing] = packing.empty(len(plan.slices))
+        rows = empty.copy()
+        parts = packing.views(rows)
+        samples, plain = False, True
+        for s, slice_plan in enumerate(plan.slices):
+            if slice_plan.decode:
+                plain &= self._fill_decode(s, slice_plan.decode, parts)
+                samples = True
+            if slice_plan.prefill:
+                sampled = self._fill_prefill(s, slice_plan, parts, packing.shape.decode_rows)
+                samples |= bool(sampled)
+                plain &= all(chunk.sampling.plain for chunk in sampled)
+        return Batch(rows=rows, samples=samples, plain=plain)
+
+    def _fill_decode(self, s: int, rows: Sequence[DecodeRow], parts: dict[str, np.ndarray]) -> bool:
+        """Write a slice's decode rows; whether all are plain."""
+        _, slots, positions, pages, sampling = zip(*rows, strict=True)
+        self._refresh(s, slots, pages, sampling)
+        at, n = np.array(slots), len(rows)
+        parts["decode_positions"][s, :n] = positions
+        parts["decode_tables"][s, :n] = self._tables[s, at]
+        numbers = parts["sampling"][s, :n]
+        numbers[:] = self._numbers[s, at]
+        numbers[:, Column.POSITION] = parts["decode_positions"][s, :n] + 1
+        return bool(self._plain[s, at].all())
+
+    def _fill_prefill(
+        self, s: int, plan: SlicePlan, parts: dict[str, np.ndarray], decode_rows: int
+    ) -> list[PrefillChunk]:
+        """Write a slice's chunks; those that sample."""
+        chunks, n = plan.prefill, len(plan.prefill)
+        slots = [chunk.slot for chunk in chunks]
+        self._refresh(s, slots, [c.pages for c in chunks], [c.sampling for c in chunks])
+        sizes = np.array([len(chunk.tokens) for chunk in chunks])
+        total = int(sizes.sum())
+        parts["prefill_tokens"][s, :total] = np.fromiter(
+            itertools.chain.from_iterable(chunk.tokens for chunk in chunks), np.int32, total
+        )
+        parts["chunk_first_row"][s, :n] = np.cumsum(sizes) - sizes
+        parts["chunk_rows"][s, :n] = sizes
+        parts["chunk_start"][s, :n] = [chunk.start for chunk in chunks]
+        parts["chunk_tables"][s, :n] = self._tables[s, slots]
+        sampled = [i for i, chunk in enumerate(chunks) if chunk.samples]
+        if sampled:
+            at = [decode_rows + i for i in sampled]
+            numbers = self._numbers[s, [slots[i] for i in sampled]]
+            numbers[:, Column.POSITION] = [chunks[i].start + sizes[i] for i in sampled]
+            parts["sampling"][s, at] = numbers
+        return [chunks[i] for i in sampled]
+
+    def _refresh(
+        self,
+        s: int,
+        slots: Sequence[int],
+        pages: Sequence[tuple[int, ...]],
+        sampling: Sequence[SamplingParams],
+    ) -> None:
+        """Bring the mirrors of these slots up to date."""
+        known_pages, known_sampling = self._pages[s], self._sampling[s]
+        for slot, table, params in zip(slots, pages, sampling, strict=True):
+            if known_pages[slot] is not table:
+                known_pages[slot] = table
+                self._tables[s, slot, : len(table)] = table
+                self._tables[s, slot, len(table) :] = 0
+            if known_sampling[slot] is not params:
+                known_sampling[slot] = params
+                self._numbers[s, slot] = sampling_numbers(params, slot, self._num_slots)
+                self._plain[s, slot] = params.plain

@@ -2,7 +2,7 @@
 
 Two families: *decode* programs (one row per running request) and *extend* programs (prompt tokens
 behind a full set of decode rows). All slices of a step run the same program, at the fullest
-slice's size.
+slice's size. Deterministic inference has one size of each family, and no step mixes them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from serving.scheduler.plan import StepPlan
 
 DEFAULT_DECODE = {"cpu": (1, 8, 32), "accelerator": (1, 8, 32, 64, 128, 256)}
 DEFAULT_EXTEND = {"cpu": (64, 512), "accelerator": (128, 512, 2048, 8192)}
+DETERMINISTIC_DECODE = {"cpu": (32,), "accelerator": (256,)}
+DETERMINISTIC_EXTEND = {"cpu": (512,), "accelerator": (2048,)}
+"""Every prefill step costs the one size there is: smaller than the largest of the others."""
 MAX_CHUNKS = 64
 
 
@@ -40,17 +43,18 @@ class Shape:
         return f"decode {self.decode_rows}"
 
 
-def _chunks(prefill_rows: int) -> int:
-    """Room for prompts as short as 16 tokens, within reason."""
-    return min(MAX_CHUNKS, max(1, prefill_rows // 16))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buckets:
-    """All programs of an engine, ascending."""
+    """All programs of an engine, ascending.
+
+    Attributes:
+        mixed: whether extend programs have decode rows too. Else a plan holds either decode rows
+            or chunks.
+    """
 
     decode: tuple[int, ...]
     extend: tuple[int, ...]
+    mixed: bool = True
 
     @property
     def slots(self) -> int:
@@ -64,17 +68,27 @@ class Buckets:
 
     @property
     def prefill_chunks(self) -> int:
-        """Most prompt chunks of a slice in one step."""
-        return _chunks(self.extend[-1])
+        """Most prompt chunks of a slice in one step: room for prompts of 16 tokens, within reason.
+
+        It is the same in every extend program, so that they share their sampling programs.
+        """
+        return min(MAX_CHUNKS, max(1, self.extend[-1] // 16))
 
     def shapes(self) -> list[Shape]:
         """Every program's sizes, the largest extend program first."""
         extend = [self._extend_shape(m) for m in reversed(self.extend)]
         return extend + [Shape(decode_rows=b) for b in reversed(self.decode)]
 
+    @property
+    def sampled_rows(self) -> list[int]:
+        """The sizes of sampling programs, the largest first."""
+        return sorted({shape.sampled_rows for shape in self.shapes()}, reverse=True)
+
     def _extend_shape(self, prefill_rows: int) -> Shape:
         return Shape(
-            decode_rows=self.slots, prefill_rows=prefill_rows, chunks=_chunks(prefill_rows)
+            decode_rows=self.slots if self.mixed else 0,
+            prefill_rows=prefill_rows,
+            chunks=self.prefill_chunks,
         )
 
     def shape_for(self, plan: StepPlan) -> Shape:
@@ -83,18 +97,24 @@ class Buckets:
         Raises:
             ValueError: the plan is larger than the largest program (a scheduler bug).
         """
+        rows = max(len(s.decode) for s in plan.slices)
         if not plan.is_extend:
-            rows = max(len(s.decode) for s in plan.slices)
             for b in self.decode:
                 if rows <= b:
                     return Shape(decode_rows=b)
             raise ValueError(f"{rows} decode rows exceed the largest bucket {self.slots}")
+        if rows and not self.mixed:
+            raise ValueError("Deterministic steps either decode or prefill; the plan does both.")
         tokens = max(sum(len(c.tokens) for c in s.prefill) for s in plan.slices)
         chunks = max(len(s.prefill) for s in plan.slices)
-        for m in self.extend:
-            if tokens <= m and chunks <= _chunks(m):
-                return self._extend_shape(m)
-        raise ValueError(f"{tokens} prompt tokens in {chunks} chunks exceed {self.extend[-1]}")
+        if rows <= self.slots and chunks <= self.prefill_chunks:
+            for m in self.extend:
+                if tokens <= m:
+                    return self._extend_shape(m)
+        raise ValueError(
+            f"{tokens} prompt tokens in {chunks} chunks beside {rows} decode rows exceed "
+            f"{self.extend[-1]} in {self.prefill_chunks} beside {self.slots}"
+        )
 
 
 def make_buckets(
@@ -102,18 +122,26 @@ def make_buckets(
 ) -> Buckets:
     """Buckets from the flags, else defaults of the device.
 
+    Deterministic inference takes the largest size of each family: what else runs must not decide
+    which program a request meets.
+
     Raises:
         ConfigError: a limit for all slices is smaller than the number of slices.
     """
     kind = "cpu" if platform == "cpu" else "accelerator"
-    decode = config.decode_buckets or DEFAULT_DECODE[kind]
-    extend = config.extend_buckets or DEFAULT_EXTEND[kind]
+    deterministic = config.enable_deterministic_inference
+    default_decode = DETERMINISTIC_DECODE if deterministic else DEFAULT_DECODE
+    default_extend = DETERMINISTIC_EXTEND if deterministic else DEFAULT_EXTEND
+    decode = config.decode_buckets or default_decode[kind]
+    extend = config.extend_buckets or default_extend[kind]
     if config.extend_buckets is None:
         # A prompt longer than the context cannot come; a bucket beyond it fills with many.
         extend = tuple(m for m in extend if m <= 4 * max_context) or extend[:1]
     decode = _limit(decode, config.max_running_requests, "--max-running-requests", num_slices)
     extend = _limit(extend, config.chunked_prefill_size, "--chunked-prefill-size", num_slices)
-    return Buckets(decode=decode, extend=extend)
+    if deterministic:
+        decode, extend = decode[-1:], extend[-1:]
+    return Buckets(decode=decode, extend=extend, mixed=not deterministic)
 
 
 def _limit(sizes: Sequence[int], total: int | None, flag: str, num_slices: int) -> tuple[int, ...]:

@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
-import numpy as np
 from jax import monitoring
 
 from serving.config import ConfigError, ServerConfig
 from serving.engine.buckets import Buckets
-from serving.engine.runner import ModelRunner
+from serving.engine.runner import LaunchedStep, ModelRunner
 from serving.request import Request
 from serving.scheduler.phases import PhasePolicy
-from serving.scheduler.plan import StepPlan, StepResult
+from serving.scheduler.plan import StepPlan
 from serving.scheduler.scheduler import Scheduler, SchedulerConfig, SliceLoad, TokenOutcome
 from sharding.layout import Layout, LayoutError, make_layout
 from sharding.sources import open_source
@@ -31,18 +30,6 @@ log = logging.getLogger("meshserve.engine")
 EMULATED_DEVICES = 8
 """Devices of `all_devices` on a machine without an accelerator."""
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-class LaunchedStep(Protocol):
-    """A step on its way through the device; see `runner.LaunchedStep`."""
-
-    def sample(self, masks: np.ndarray | None = None) -> None: ...
-
-    def open_masks(self) -> np.ndarray: ...
-
-    def mask_row(self, dp_rank: int, index: int) -> int: ...
-
-    def result(self) -> StepResult: ...
 
 
 class Runner(Protocol):

@@ -1,8 +1,9 @@
-"""The device side of an engine: weights, KV pool, last tokens, and the compiled programs.
+"""The device side of an engine: weights, KV pool, last tokens, sampling state, and their programs.
 
-One forward and one sampling program per bucket, all compiled before the engine is ready. Arrays
-that a step changes (pool, last tokens) are donated to it and rebound to its outputs; nobody else
-holds a reference to them.
+A step is launched (`ModelRunner.launch`), sampled (`LaunchedStep.sample`) and read
+(`LaunchedStep.result`); only reading waits for the devices. Every program is compiled and has run
+once before the engine is ready. Arrays that a step changes (pool, last tokens, sampling state) are
+donated to it and rebound to its outputs; nobody else holds a reference to them.
 """
 
 from __future__ import annotations
@@ -10,30 +11,27 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.quantization import FP8
 from serving.config import ConfigError, ServerConfig
-from serving.engine.batch_builder import Packing, build_batch
+from serving.engine.batch_builder import BatchBuilder
 from serving.engine.buckets import Shape, make_buckets
-from serving.engine.sampler import greedy, sample, top_logprobs
-from serving.scheduler.plan import SampledToken, StepPlan
-from sharding.comm import MeshComm
+from serving.engine.outputs import no_tokens, read_scores, read_tokens
+from serving.engine.programs import SCORE_ROWS, ForwardProgram, ProgramFactory
+from serving.engine.sampling_state import SamplingState, no_piece, pieces
+from serving.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from sharding.layout import Layout
 from sharding.mesh import by_slice, make_mesh
 from sharding.sources import WeightSource
-from sharding.step import ModelSpec, abstract_array, sharded
+from sharding.step import ModelSpec
 
 log = logging.getLogger("meshserve.engine")
 
@@ -41,19 +39,101 @@ CPU_POOL_BYTES = 256 << 20
 """KV pool of an emulated device, which has no memory of its own to measure."""
 MAX_POOL_BYTES = 1 << 40
 """No device holds more; a larger --max-total-tokens is a slip of the finger."""
-COMPILE_THREADS = 8
 ACCELERATOR_SLACK_BYTES = 256 << 20
 """Left free beside weights, programs and pool: batches in flight, fragmentation."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """The compiled programs of one shape."""
+class ScoredChunk(NamedTuple):
+    """A chunk whose prompt tokens are scored, and where the scores stand.
 
-    packing: Packing
-    forward: Callable[..., Any]
-    greedy: Callable[..., Any]
-    full: Callable[..., Any]
+    Attributes:
+        slice: its dp slice; first: its first target among all that the slice scores in this step.
+    """
+
+    chunk: PrefillChunk
+    slice: int
+    first: int
+
+
+class LaunchedStep:
+    """A step on its way: its logits until it is sampled, then its tokens until they are read.
+
+    Attributes:
+        shape: of the program that runs it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        plan: StepPlan,
+        program: ForwardProgram,
+        *,
+        plain: bool,
+        logits: tuple[jax.Array, jax.Array] | None,
+        scored: list[ScoredChunk],
+        scores: list[jax.Array],
+    ) -> None:
+        """Args:
+        plain: whether the best tokens are all that is wanted.
+        logits: f32 [D, R, V] and the sampler's numbers; None if the plan samples nothing.
+        scores: i32 [D, SCORE_ROWS, columns] of every launch of the scoring program.
+        """
+        self.plan, self.shape = plan, program.packing.shape
+        self.sampled = False
+        self._runner, self._plain, self._logits = runner, plain, logits
+        self._scored, self._scores = scored, scores
+        self._tokens: jax.Array | None = None
+
+    def open_masks(self) -> np.ndarray:
+        """Masks that allow every token, i32 [D, R, ceil(V / 32)], to be narrowed row by row.
+
+        Bit b of word w of a row stands for token 32 * w + b.
+        """
+        words = self._runner.mask_words
+        return np.full((len(self.plan.slices), self.shape.sampled_rows, words), -1, np.int32)
+
+    def mask_row(self, dp_rank: int, index: int) -> int:
+        """Where row `index` of a slice's plan (decode rows, then chunks) stands in the masks."""
+        num_decode = len(self.plan.slices[dp_rank].decode)
+        return index if index < num_decode else self.shape.decode_rows + index - num_decode
+
+    def sample(self, masks: np.ndarray | None = None) -> None:
+        """Launch the sampling program, and the copies of what it gives to the host.
+
+        Args:
+            masks: i32 or u32, see `open_masks`; must not change any more. None allows all.
+
+        Raises:
+            RuntimeError: the step is sampled already.
+            ValueError: the masks have another shape.
+        """
+        if self.sampled:
+            raise RuntimeError("A step is sampled once.")
+        if self._logits is not None:
+            self._tokens = self._runner.sample(*self._logits, plain=self._plain, masks=masks)
+            self._tokens.copy_to_host_async()
+        self._logits, self.sampled = None, True
+
+    def result(self) -> StepResult:
+        """Wait for the tokens and scores, and read them.
+
+        Raises:
+            RuntimeError: the step has not been sampled.
+        """
+        if not self.sampled:
+            raise RuntimeError("A step must be sampled before its result is read.")
+        if self._tokens is None:
+            tokens = no_tokens(self.plan)
+        else:
+            tokens = read_tokens(self.plan, np.asarray(self._tokens), self.shape.decode_rows)
+        scores = {}
+        if self._scored:
+            packed = np.concatenate([np.asarray(s) for s in self._scores], axis=1)
+            for chunk, dp_rank, first in self._scored:
+                targets = chunk.targets or ()
+                rows = packed[dp_rank, first : first + len(targets)]
+                scores[chunk.rid] = read_scores(targets, rows, chunk.num_alternatives)
+        return StepResult(tokens=tokens, scores=scores)
 
 
 class ModelRunner:
@@ -63,6 +143,7 @@ class ModelRunner:
         buckets: the program sizes, which bound what a plan may hold.
         num_pages: pages of each slice's pool, the sink (page 0) included.
         max_context: most tokens of one sequence.
+        mask_words: int32 words of one row's grammar mask.
     """
 
     def __init__(self, config: ServerConfig, source: WeightSource, layout: Layout) -> None:
@@ -100,40 +181,119 @@ class ModelRunner:
         self.buckets = make_buckets(
             config, platform=self.platform, num_slices=layout.num_slices, max_context=context
         )
+        self._factory = ProgramFactory(
+            self.spec,
+            self.mesh,
+            self.buckets,
+            exchange=config.moe_a2a_backend,
+            page_size=self.page_size,
+            kv_dtype=self.kv_dtype,
+        )
+        self.mask_words = self._factory.mask_words
         self.num_pages = self._size_pool(context)
         self.max_context = min(context, (self.num_pages - 1) * self.page_size)
         if self.max_context < 2:
             raise ConfigError("A context of one token has no room for a prompt and an answer.")
         self.table_width = -(-self.max_context // self.page_size)
         started = time.perf_counter()
-        self._programs = self._compile_all()
-        self._last_tokens = self._zeros((layout.num_slices, self.buckets.slots + 1), jnp.int32)
-        pool = self.spec.pool_shape(self.num_pages, self.page_size)
-        self._kv = self._zeros(pool, self.kv_dtype, self.spec.pool_spec)
+        self._programs = self._factory.compile_all(
+            num_pages=self.num_pages,
+            table_width=self.table_width,
+            with_greedy=not config.enable_deterministic_inference,
+        )
+        self._make_state()
         self._warm_up()
         self.compile_seconds = time.perf_counter() - started
-        log.info("%d programs ready after %.1f s", len(self._programs), self.compile_seconds)
+        log.info("all programs ready after %.1f s", self.compile_seconds)
 
     # ---- running ---------------------------------------------------------------------------
 
-    def run(self, plan: StepPlan) -> list[list[SampledToken | None]]:
-        """Compute a step: per slice, a token for each decode row, then for each prefill chunk
-        (None where the chunk samples nothing)."""
-        shape = self.buckets.shape_for(plan)
-        rows = [[*s.decode, *(c for c in s.prefill if c.samples)] for s in plan.slices]
-        params = [row.sampling for row in itertools.chain.from_iterable(rows)]
-        plain = all(p.greedy and not p.logprobs for p in params)
-        packed = build_batch(plan, self._programs[shape].packing)
-        return _unpack_tokens(plan, self._launch(shape, packed, plain=plain), shape.decode_rows)
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start a step: the forward program, then the set-up of samplers and prompt scoring.
 
-    def _launch(self, shape: Shape, packed: np.ndarray, *, plain: bool) -> np.ndarray:
-        """Run the forward and the sampling program; i32 [D, R, columns], see `_pack_tokens`."""
-        program = self._programs[shape]
-        rows = jax.make_array_from_callback(packed.shape, self._by_slice, packed.__getitem__)
-        logits, self._kv = program.forward(self.weights, self._kv, self._last_tokens, rows)
-        sampler = program.greedy if plain else program.full
-        tokens, self._last_tokens = sampler(logits, self._last_tokens, rows)
-        return np.asarray(tokens)
+        Steps may be launched before the ones before are read, but not before they are sampled:
+        their tokens are this step's input.
+
+        Raises:
+            RuntimeError: the step launched last has not been sampled.
+            ValueError: the plan fits no program, or lacks what a sampler must be set up with.
+        """
+        if self._last is not None and not self._last.sampled:
+            raise RuntimeError("The step launched last must be sampled before the next one.")
+        program = self._programs.forward[self.buckets.shape_for(plan)]
+        setups = _setups(plan, self.buckets.slots)
+        batch = self._builder.build(plan, program.packing)
+        logits, numbers, hidden = self._forward(program, batch.rows)
+        for rows in setups:
+            self._set_up(rows)
+        scored, requests = _scoring(plan)
+        scores = [self._score(hidden, rows) for rows in requests]
+        for array in scores:
+            array.copy_to_host_async()
+        self._last = LaunchedStep(
+            self,
+            plan,
+            program,
+            plain=batch.plain,
+            logits=(logits, numbers) if batch.samples else None,
+            scored=scored,
+            scores=scores,
+        )
+        return self._last
+
+    def sample(
+        self,
+        logits: jax.Array,
+        numbers: jax.Array,
+        *,
+        plain: bool,
+        masks: np.ndarray | None = None,
+    ) -> jax.Array:
+        """Launch the sampling program (for `LaunchedStep.sample`): packed tokens i32 [D, R, n].
+
+        Deterministic inference always draws by the full program.
+
+        Raises:
+            ValueError: the masks are not of the shape of `LaunchedStep.open_masks`.
+        """
+        rows = logits.shape[1]
+        if plain and masks is None and self._programs.greedy:
+            greedy = self._programs.greedy[rows]
+            tokens, self._last_tokens = greedy(logits, numbers, self._last_tokens)
+            return tokens
+        allowed = self._open_masks[rows]
+        if masks is not None:
+            if masks.shape != allowed.shape or masks.dtype.itemsize != 4:
+                raise ValueError(
+                    f"Masks must be int32 {allowed.shape}, got {masks.dtype} {masks.shape}."
+                )
+            allowed = self._upload(masks.view(np.int32))
+        full = self._programs.full[rows]
+        tokens, self._last_tokens, self._state = full(
+            logits, numbers, allowed, self._last_tokens, self._state
+        )
+        return tokens
+
+    def _upload(self, rows: np.ndarray) -> jax.Array:
+        """i32 [D, ...] to the devices of each slice."""
+        return jax.make_array_from_callback(rows.shape, self._by_slice, rows.__getitem__)
+
+    def _forward(
+        self, program: ForwardProgram, rows: np.ndarray
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Logits, the sampler's numbers, and an extend program's hidden rows."""
+        logits, numbers, self._kv, *hidden = program.run(
+            self.weights, self._kv, self._last_tokens, self._upload(rows)
+        )
+        return logits, numbers, hidden[0] if hidden else None
+
+    def _set_up(self, rows: np.ndarray) -> None:
+        """Set up a slot of each slice, i32 [D, SETUP_WIDTH]."""
+        self._state = self._programs.set_up(self._state, self._upload(rows))
+
+    def _score(self, hidden: jax.Array | None, rows: np.ndarray) -> jax.Array:
+        """Score rows of hidden states, i32 [D, 2 * SCORE_ROWS]."""
+        return self._programs.score(self.weights, hidden, self._upload(rows))
 
     # ---- setting up ------------------------------------------------------------------------
 
@@ -198,87 +358,52 @@ class ModelRunner:
         return pages
 
     def _free_bytes(self, context: int) -> int:
-        """Memory left on the fullest device, the largest programs' temporaries taken off."""
-        shape = self.buckets.shapes()[0]
-        pages = -(-context // self.page_size)
-        lowered = self._lower(shape, num_pages=2, table_width=pages)
-        temp = max(
-            program.compile().memory_analysis().temp_size_in_bytes for program in lowered[1:]
-        )
-        logits = shape.sampled_rows * self.model.vocab_size * 4
+        """Memory left on the fullest device, less what steps need beside weights and pool."""
+        temporary = self._factory.most_temporary_bytes(-(-context // self.page_size))
         free = min(
             int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
             for device in self.mesh.local_devices
             if (stats := device.memory_stats())
         )
-        return free - temp - logits - ACCELERATOR_SLACK_BYTES
+        return free - temporary - self._factory.step_bytes() - ACCELERATOR_SLACK_BYTES
 
-    def _lower(self, shape: Shape, *, num_pages: int, table_width: int) -> tuple[Any, ...]:
-        """Packing, and the lowered forward, greedy and full programs of a shape."""
-        slices, by_slice = self.layout.num_slices, PartitionSpec(self.layout.attn_dp)
-        slots = self.buckets.slots
-        packing = Packing(shape=shape, table_width=table_width, num_slots=slots)
-
-        def array(sizes: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-            return abstract_array(sizes, dtype, self.mesh, by_slice)
-
-        packed = array((slices, packing.width), jnp.int32)
-        last = array((slices, slots + 1), jnp.int32)
-        logits = array((slices, shape.sampled_rows, self.model.vocab_size), jnp.float32)
-        pool_shape, pool_spec = self.spec.pool_shape(num_pages, self.page_size), self.spec.pool_spec
-        pool = abstract_array(pool_shape, self.kv_dtype, self.mesh, pool_spec)
-        weights = [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params]
-        forward = sharded(
-            functools.partial(
-                _forward, self.spec, MeshComm(self.layout, self.config.moe_a2a_backend), packing
-            ),
-            self.mesh,
-            (self.spec.specs, pool_spec, by_slice, by_slice),
-            (by_slice, pool_spec),
-            donate=(1,),
+    def _make_state(self) -> None:
+        """Everything that steps change, empty; and masks that allow all."""
+        slices, slots = self.layout.num_slices, self.buckets.slots
+        self._last_tokens = self._zeros((slices, slots + 1), jnp.int32)
+        pool = self.spec.pool_shape(self.num_pages, self.page_size)
+        self._kv = self._zeros(pool, self.kv_dtype, self.spec.pool_spec)
+        self._state = SamplingState(
+            *(self._zeros(part.shape, part.dtype) for part in self._factory.state)
         )
-        samplers = [
-            sharded(
-                functools.partial(fn, packing),
-                self.mesh,
-                (by_slice, by_slice, by_slice),
-                (by_slice, by_slice),
-                donate=(1,),
-            ).lower(logits, last, packed)
-            for fn in (_sample_greedy, _sample_full)
-        ]
-        return packing, forward.lower(weights, pool, last, packed), *samplers
-
-    def _compile_all(self) -> dict[Shape, Program]:
-        """All programs, several at a time: XLA compiles outside the interpreter lock."""
-
-        def compiled(shape: Shape, packing: Packing, *lowered: Any) -> tuple[Shape, Program]:
-            started = time.perf_counter()
-            forward, plain, full = (program.compile() for program in lowered)
-            log.info("compiled %s in %.1f s", shape, time.perf_counter() - started)
-            return shape, Program(packing=packing, forward=forward, greedy=plain, full=full)
-
-        with ThreadPoolExecutor(max_workers=min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
-            futures = [
-                pool.submit(
-                    compiled,
-                    shape,
-                    *self._lower(shape, num_pages=self.num_pages, table_width=self.table_width),
-                )
-                for shape in self.buckets.shapes()
-            ]
-            return dict(future.result() for future in futures)
+        self._open_masks = {
+            rows: self._upload(np.full((slices, rows, self.mask_words), -1, np.int32))
+            for rows in self.buckets.sampled_rows
+        }
+        self._builder = BatchBuilder(
+            num_slices=slices, num_slots=slots, table_width=self.table_width
+        )
+        self._last: LaunchedStep | None = None
 
     def _warm_up(self) -> None:
         """Run every program once on padding alone: nothing is left to set up for a request."""
-        for shape, program in self._programs.items():
-            packed = program.packing.empty(self.layout.num_slices)
-            for plain in (True, False):
-                self._launch(shape, packed, plain=plain)
+        slices = self.layout.num_slices
+        hidden = None
+        for shape, program in self._programs.forward.items():
+            logits, numbers, rows = self._forward(program, program.packing.empty(slices))
+            hidden = rows if hidden is None else hidden
+            masks = np.full((slices, shape.sampled_rows, self.mask_words), -1, np.int32)
+            for plain, mask in ((True, None), (False, None), (False, masks)):
+                tokens = self.sample(logits, numbers, plain=plain, masks=mask)
+                tokens.copy_to_host_async()
+                np.asarray(tokens)
+        self._set_up(np.stack([no_piece(self.buckets.slots)] * slices))
+        np.asarray(self._score(hidden, np.zeros((slices, 2 * SCORE_ROWS), np.int32)))
+        jax.block_until_ready(self._state)
 
     def memory_analysis(self, shape: Shape) -> Any:
         """XLA's account of a forward program's memory (temporaries, aliased bytes)."""
-        return self._programs[shape].forward.memory_analysis()
+        return self._programs.forward[shape].run.memory_analysis()
 
 
 def resolve_dtype(name: str, platform: str) -> Any:
@@ -295,85 +420,51 @@ def resolve_kv_dtype(name: str, dtype: Any) -> Any:
     return FP8 if name == "fp8_e4m3" else jnp.dtype(name)
 
 
-# ---- the programs, per device --------------------------------------------------------------
+# ---- what a plan asks for beside its rows --------------------------------------------------
 
 
-def _forward(
-    spec: ModelSpec,
-    comm: MeshComm,
-    packing: Packing,
-    weights: Sequence[jax.Array],
-    kv: jax.Array,
-    last_tokens: jax.Array,
-    packed: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Logits f32 [1, R, V] and the updated pool [1, L, N, S, ...] of this device's slice."""
-    batch = packing.forward_batch(packed[0], last_tokens[0])
-    logits, pool, _ = spec.merge(weights)(kv[0], batch, comm)
-    return logits[None], pool[None]
+def _setups(plan: StepPlan, num_slots: int) -> list[np.ndarray]:
+    """The rows of each launch of the set-up program, i32 [D, SETUP_WIDTH].
+
+    Each launch takes one piece of one request in every slice.
+    """
+    by_slice = [
+        [
+            row
+            for chunk in s.prefill
+            if chunk.samples and chunk.sampling.needs_setup
+            for row in pieces(chunk)
+        ]
+        for s in plan.slices
+    ]
+    if not any(by_slice):
+        return []
+    idle = no_piece(num_slots)
+    return [np.stack(rows) for rows in itertools.zip_longest(*by_slice, fillvalue=idle)]
 
 
-def _sample_greedy(
-    packing: Packing, logits: jax.Array, last_tokens: jax.Array, packed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Packed tokens i32 [1, R, 2] and the updated last tokens [1, slots + 1]."""
-    _, slots = packing.sampling_batch(packed[0])
-    tokens, logprobs = greedy(logits[0])
-    return _pack_tokens(tokens, logprobs), last_tokens.at[0, slots].set(tokens)
-
-
-def _sample_full(
-    packing: Packing, logits: jax.Array, last_tokens: jax.Array, packed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """As `_sample_greedy`, with draws and the most likely alternatives, i32 [1, R, 2 + 2n]."""
-    batch, slots = packing.sampling_batch(packed[0])
-    tokens, logprobs = sample(logits[0], batch)
-    packed_tokens = _pack_tokens(tokens, logprobs, *top_logprobs(logits[0]))
-    return packed_tokens, last_tokens.at[0, slots].set(tokens)
-
-
-def _pack_tokens(tokens: jax.Array, logprobs: jax.Array, *top: jax.Array) -> jax.Array:
-    """Columns: token, bits of its log probability, then n ids and n log probabilities' bits."""
-
-    def bits(x: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(x, jnp.int32)
-
-    columns = [tokens[:, None], bits(logprobs)[:, None]]
-    if top:
-        columns += [top[0], bits(top[1])]
-    return jnp.concatenate(columns, axis=-1)[None]
-
-
-def _unpack_tokens(
-    plan: StepPlan, packed: np.ndarray, decode_rows: int
-) -> list[list[SampledToken | None]]:
-    """The host's reading of `_pack_tokens`, row by row of the plan."""
-    token_ids = packed[..., 0].tolist()
-    logprobs = _floats(packed[..., 1])
-    n = (packed.shape[-1] - 2) // 2
-    results: list[list[SampledToken | None]] = []
+def _scoring(plan: StepPlan) -> tuple[list[ScoredChunk], list[np.ndarray]]:
+    """The chunks to score, and the rows of each launch of the scoring program, i32 [D, 2 * n]."""
+    scored: list[ScoredChunk] = []
+    by_slice: list[tuple[list[int], list[int]]] = []
     for s, slice_plan in enumerate(plan.slices):
-
-        def token(at: int, wanted: int | None, s: int = s) -> SampledToken:
-            top = None
-            if wanted is not None:
-                ids = packed[s, at, 2 : 2 + min(wanted, n)].tolist()
-                values = _floats(packed[s, at, 2 + n : 2 + n + min(wanted, n)])
-                top = tuple(zip(ids, values, strict=True))
-            return SampledToken(
-                token_id=token_ids[s][at], logprob=logprobs[s][at], top_logprobs=top
-            )
-
-        row: list[SampledToken | None] = [
-            token(i, r.sampling.logprobs) for i, r in enumerate(slice_plan.decode)
-        ]
-        row += [
-            token(decode_rows + i, c.sampling.logprobs) if c.samples else None
-            for i, c in enumerate(slice_plan.prefill)
-        ]
-        results.append(row)
-    return results
-
-
-def _floats(bits: np.ndarray) -> list[Any]:
-    return np.ascontiguousarray(bits).view(np.float32).tolist()
+        rows: list[int] = []
+        targets: list[int] = []
+        first = 0
+        for chunk in slice_plan.prefill:
+            if chunk.targets is not None:
+                scored.append(ScoredChunk(chunk, s, len(targets)))
+                rows += range(first, first + len(chunk.targets))
+                targets += chunk.targets
+            first += len(chunk.tokens)
+        by_slice.append((rows, targets))
+    most = max(len(rows) for rows, _ in by_slice)
+    requests = []
+    for first in range(0, most, SCORE_ROWS):
+        packed = np.zeros((len(by_slice), 2, SCORE_ROWS), np.int32)
+        for s, parts in enumerate(by_slice):
+            for part, values in enumerate(parts):
+                values = values[first : first + SCORE_ROWS]
+                packed[s, part, : len(values)] = values
+        requests.append(packed.reshape(len(by_slice), -1))
+    return scored, requests

@@ -1,0 +1,297 @@
+"""The programs of an engine: what each computes on a device, and how it is lowered and compiled.
+
+A step runs a forward program of its shape, then a sampling program of its number of rows. `greedy`
+takes the best tokens and knows nothing else; `full` draws, with everything `sampler` offers and a
+grammar mask that may allow all. Set-up and scoring have one size each. Shapes with equally many
+sampled rows share their sampling programs, since the forward program hands the numbers on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from model.batch import sampled_rows
+from serving.engine.batch_builder import Column, Packing, sampling_batch
+from serving.engine.buckets import Buckets, Shape
+from serving.engine.outputs import pack_tokens
+from serving.engine.sampler import adjust, greedy, logprobs_of, sample, top_logprobs
+from serving.engine.sampling_state import (
+    SETUP_WIDTH,
+    SamplingState,
+    abstract_state,
+    count_tokens,
+    set_up,
+)
+from sharding.comm import MeshComm
+from sharding.step import ModelSpec, abstract_array, sharded
+
+log = logging.getLogger("meshserve.engine")
+
+COMPILE_THREADS = 8
+SCORE_ROWS = 128
+"""Prompt positions that one launch of the scoring program scores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardProgram:
+    """A compiled forward program and the layout of its packed rows."""
+
+    packing: Packing
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Programs:
+    """Everything compiled. `greedy` and `full` are by number of sampled rows."""
+
+    forward: dict[Shape, ForwardProgram]
+    greedy: dict[int, Callable[..., Any]]
+    full: dict[int, Callable[..., Any]]
+    set_up: Callable[..., Any]
+    score: Callable[..., Any]
+
+
+class ProgramFactory:
+    """Lowers the programs of one model on one mesh."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        mesh: Mesh,
+        buckets: Buckets,
+        *,
+        exchange: str,
+        page_size: int,
+        kv_dtype: Any,
+    ) -> None:
+        self.spec, self.mesh, self.buckets = spec, mesh, buckets
+        self.page_size, self.kv_dtype = page_size, kv_dtype
+        self.vocab = spec.config.vocab_size
+        self.mask_words = -(-self.vocab // 32)
+        self.most_sampled = buckets.sampled_rows[0]
+        self._comm = MeshComm(spec.layout, exchange)
+        self._by_slice = PartitionSpec(spec.layout.attn_dp)
+        self._num_slices = spec.layout.num_slices
+
+    # ---- abstract arguments ----------------------------------------------------------------
+
+    def _array(self, shape: Sequence[int], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array with a leading axis of slices."""
+        return abstract_array((self._num_slices, *shape), dtype, self.mesh, self._by_slice)
+
+    @property
+    def state(self) -> SamplingState:
+        """The sampling state of all slices."""
+        parts = abstract_state(self.buckets.slots, self.vocab)
+        return SamplingState(*(self._array(part.shape, part.dtype) for part in parts))
+
+    def _last_tokens(self) -> jax.ShapeDtypeStruct:
+        return self._array((self.buckets.slots + 1,))
+
+    def _logits(self, rows: int) -> jax.ShapeDtypeStruct:
+        return self._array((rows, self.vocab), jnp.float32)
+
+    def masks(self, rows: int) -> jax.ShapeDtypeStruct:
+        return self._array((rows, self.mask_words))
+
+    def _hidden(self) -> jax.ShapeDtypeStruct:
+        width = self.spec.config.hidden_size
+        return self._array((self.buckets.prefill_tokens, width), self.spec.dtype)
+
+    def _weights(self) -> list[jax.ShapeDtypeStruct]:
+        return [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params]
+
+    def step_bytes(self) -> int:
+        """Bytes that live on a device beside weights, pool and temporaries: the state, what one
+        step hands from program to program, and two masks."""
+        rows = self.most_sampled
+        arrays = [*self.state, self._logits(rows), self._hidden()]
+        arrays += [self.masks(rows) for rows in self.buckets.sampled_rows] + [self.masks(rows)]
+        return sum(a.size // self._num_slices * a.dtype.itemsize for a in arrays)
+
+    # ---- lowering --------------------------------------------------------------------------
+
+    def _sharded(self, fn: Callable[..., Any], num_in: int, num_out: int, *donate: int) -> Any:
+        """A program whose arguments and results are all cut by slice."""
+        s = self._by_slice
+        return sharded(fn, self.mesh, (s,) * num_in, (s,) * num_out, donate=donate)
+
+    def packing(self, shape: Shape, table_width: int) -> Packing:
+        return Packing(shape=shape, table_width=table_width, num_slots=self.buckets.slots)
+
+    def forward(self, packing: Packing, num_pages: int) -> Any:
+        """(weights, pool*, last tokens, packed) -> (logits, numbers, pool[, hidden]); * donated."""
+        s, pool_spec = self._by_slice, self.spec.pool_spec
+        pool_shape = self.spec.pool_shape(num_pages, self.page_size)
+        hidden_rows = self.buckets.prefill_tokens if packing.shape.prefill_rows else 0
+        fn = functools.partial(_forward, self.spec, self._comm, packing, hidden_rows)
+        outputs = (s, s, pool_spec, s) if hidden_rows else (s, s, pool_spec)
+        program = sharded(fn, self.mesh, (self.spec.specs, pool_spec, s, s), outputs, donate=(1,))
+        pool = abstract_array(pool_shape, self.kv_dtype, self.mesh, pool_spec)
+        packed = self._array((packing.width,))
+        return program.lower(self._weights(), pool, self._last_tokens(), packed)
+
+    def greedy(self, rows: int) -> Any:
+        """(logits, numbers, last tokens*) -> (packed tokens, last tokens)."""
+        numbers = self._array((rows, len(Column)))
+        program = self._sharded(_sample_greedy, 3, 2, 2)
+        return program.lower(self._logits(rows), numbers, self._last_tokens())
+
+    def full(self, rows: int) -> Any:
+        """(logits, numbers, masks, last tokens*, state*) -> (packed tokens, last tokens, state)."""
+        numbers = self._array((rows, len(Column)))
+        program = self._sharded(_sample_full, 5, 3, 3, 4)
+        return program.lower(
+            self._logits(rows), numbers, self.masks(rows), self._last_tokens(), self.state
+        )
+
+    def set_up(self) -> Any:
+        """(state*, packed) -> state."""
+        program = sharded(_set_up, self.mesh, (self._by_slice,) * 2, self._by_slice, donate=(0,))
+        return program.lower(self.state, self._array((SETUP_WIDTH,)))
+
+    def score(self) -> Any:
+        """(weights, hidden, packed: rows and targets) -> packed scores."""
+        s = self._by_slice
+        program = sharded(
+            functools.partial(_score, self.spec, self._comm),
+            self.mesh,
+            (self.spec.specs, s, s),
+            s,
+        )
+        return program.lower(self._weights(), self._hidden(), self._array((2 * SCORE_ROWS,)))
+
+    def compile_all(self, *, num_pages: int, table_width: int, with_greedy: bool) -> Programs:
+        """All programs, several at a time: XLA compiles outside the interpreter lock.
+
+        Args:
+            with_greedy: False leaves out the greedy programs.
+        """
+
+        def compiled(name: str, lowered: Any) -> Any:
+            started = time.perf_counter()
+            program = lowered.compile()
+            log.info("compiled %s in %.1f s", name, time.perf_counter() - started)
+            return program
+
+        with ThreadPoolExecutor(max_workers=min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
+            packings = [self.packing(shape, table_width) for shape in self.buckets.shapes()]
+            forward = [
+                (
+                    packing,
+                    pool.submit(compiled, str(packing.shape), self.forward(packing, num_pages)),
+                )
+                for packing in packings
+            ]
+            samplers = [("full", self.full), *([("greedy", self.greedy)] if with_greedy else [])]
+            sampling = {
+                name: {
+                    rows: pool.submit(compiled, f"{name} {rows}", lower(rows))
+                    for rows in self.buckets.sampled_rows
+                }
+                for name, lower in samplers
+            }
+            set_up = pool.submit(compiled, "set-up", self.set_up())
+            score = pool.submit(compiled, "scoring", self.score())
+            return Programs(
+                forward={
+                    packing.shape: ForwardProgram(packing=packing, run=future.result())
+                    for packing, future in forward
+                },
+                greedy={r: f.result() for r, f in sampling.get("greedy", {}).items()},
+                full={r: f.result() for r, f in sampling["full"].items()},
+                set_up=set_up.result(),
+                score=score.result(),
+            )
+
+    def most_temporary_bytes(self, table_width: int) -> int:
+        """Bytes of temporaries of the program that needs most, the largest ones compiled."""
+        packing = self.packing(self.buckets.shapes()[0], table_width)
+        rows = self.most_sampled
+        lowered = (self.forward(packing, 2), self.full(rows), self.set_up(), self.score())
+        return max(p.compile().memory_analysis().temp_size_in_bytes for p in lowered)
+
+
+# ---- the programs, per device --------------------------------------------------------------
+
+
+def _forward(
+    spec: ModelSpec,
+    comm: MeshComm,
+    packing: Packing,
+    hidden_rows: int,
+    weights: Sequence[jax.Array],
+    kv: jax.Array,
+    last_tokens: jax.Array,
+    packed: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """One step of this device's slice: logits f32 [1, R, V], the sampler's numbers i32 [1, R, n],
+    the updated pool [1, L, N, S, ...], and of an extend program the prefill rows before the final
+    norm, [1, hidden_rows, D], which is long enough for every shape."""
+    batch, numbers = packing.forward_batch(packed[0], last_tokens[0])
+    model = spec.merge(weights)
+    x, pool, _ = model.hidden(kv[0], batch, comm)
+    logits = model.logits(x[sampled_rows(batch)], comm)
+    outputs = (logits[None], numbers[None], pool[None])
+    if not hidden_rows:
+        return outputs
+    prefill = x[batch.num_decode_rows :]
+    return *outputs, jnp.pad(prefill, ((0, hidden_rows - len(prefill)), (0, 0)))[None]
+
+
+def _sample_greedy(
+    logits: jax.Array, numbers: jax.Array, last_tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Packed tokens i32 [1, R, 2] and the updated last tokens [1, slots + 1]."""
+    tokens, logprobs = greedy(logits[0])
+    last_tokens = last_tokens.at[0, numbers[0, :, Column.SLOT]].set(tokens)
+    return pack_tokens(tokens, logprobs)[None], last_tokens
+
+
+def _sample_full(
+    logits: jax.Array,
+    numbers: jax.Array,
+    masks: jax.Array,
+    last_tokens: jax.Array,
+    state: SamplingState,
+) -> tuple[jax.Array, jax.Array, SamplingState]:
+    """As `_sample_greedy`, with draws and the likeliest alternatives, i32 [1, R, 2 + 2n]; the
+    state counts the tokens of rows that have one."""
+    local = SamplingState(*(field[0] for field in state))
+    batch, slots = sampling_batch(numbers[0]), numbers[0, :, Column.STATE_SLOT]
+    tokens = sample(adjust(logits[0], batch, local.history(slots), masks[0]), batch)
+    packed = pack_tokens(tokens, logprobs_of(logits[0], tokens), *top_logprobs(logits[0]))
+    last_tokens = last_tokens.at[0, numbers[0, :, Column.SLOT]].set(tokens)
+    counts = count_tokens(local.counts, slots, tokens)
+    return packed[None], last_tokens, state._replace(counts=counts[None])
+
+
+def _set_up(state: SamplingState, packed: jax.Array) -> SamplingState:
+    """One piece of one request's context for this device's slice, i32 [1, SETUP_WIDTH]."""
+    updated = set_up(SamplingState(*(field[0] for field in state)), packed[0])
+    return SamplingState(*(field[None] for field in updated))
+
+
+def _score(
+    spec: ModelSpec,
+    comm: MeshComm,
+    weights: Sequence[jax.Array],
+    hidden: jax.Array,
+    packed: jax.Array,
+) -> jax.Array:
+    """Log probabilities of targets after prefill rows: packed i32 [1, 2 * SCORE_ROWS], rows then
+    targets, to i32 [1, SCORE_ROWS, 2 + 2n]."""
+    rows, targets = jnp.split(packed[0], 2)
+    logits = spec.merge(weights).logits(hidden[0, rows], comm)
+    return pack_tokens(targets, logprobs_of(logits, targets), *top_logprobs(logits))[None]
