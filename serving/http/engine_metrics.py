@@ -88,23 +88,21 @@ SLICE_COUNTERS: tuple[SliceCounter, ...] = (
 
 async def metrics(state: ServerState, request: Request) -> Response:
     """GET /metrics in Prometheus's text format."""
-    text = generate_latest(state.metrics.registry)
+    registry = CollectorRegistry()
+    registry.register(state.metrics)
     try:
         status = await state.loads.sample(SCRAPE_TIMEOUT_S)
     except EngineFailed:
-        pass
-    else:
-        registry = CollectorRegistry()
-        registry.register(
-            EngineCollector(
-                status=status,
-                loads=state.loads,
-                ready=state.engine.ready,
-                model_name=state.config.model_name,
-            )
+        return Response(generate_latest(registry), media_type=TEXT_FORMAT)
+    registry.register(
+        EngineCollector(
+            status=status,
+            loads=state.loads,
+            ready=state.engine.ready,
+            model_name=state.config.model_name,
         )
-        text += generate_latest(registry)
-    return Response(text, media_type=TEXT_FORMAT)
+    )
+    return Response(generate_latest(registry), media_type=TEXT_FORMAT)
 
 
 class EngineCollector(Collector):

@@ -6,9 +6,12 @@ never got a token, and those that their client left, are in no histogram. Names 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.messages import TokenEvent
@@ -44,17 +47,17 @@ class SliceMetrics:
     uncached_prompt_tokens: Histogram
 
 
-class FrontMetrics:
-    """The front's registry and all that is in it."""
+class FrontMetrics(Collector):
+    """The front's metrics."""
 
     def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
+        self._registry = CollectorRegistry()
         self._model_name = model_name
         self._slices: dict[int, SliceMetrics] = {}
         labels = ("model_name", "dp_rank")
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self._registry)
 
         self._ttft = histogram(
             "time_to_first_token_seconds", "From the request to its first token.", TTFT_BUCKETS
@@ -83,14 +86,20 @@ class FrontMetrics:
             PREFIX + "http_requests",
             "HTTP requests (health checks and scrapes are not counted).",
             ("endpoint", "method"),
-            registry=self.registry,
+            registry=self._registry,
         )
         self._responses = Counter(
             PREFIX + "http_responses",
             "HTTP answers; 499 for a client that hung up before.",
             ("endpoint", "status"),
-            registry=self.registry,
+            registry=self._registry,
         )
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it, without the times at which each series was made: nobody asks for them."""
+        for metric in self._registry.collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
 
     def of_slice(self, dp_rank: int) -> SliceMetrics:
         """The histograms of one slice; the same object every time."""

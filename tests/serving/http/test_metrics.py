@@ -6,7 +6,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.http import engine_metrics
+from serving.http import engine_metrics, loads
 from serving.http.metrics import FrontMetrics, RequestTimer
 from serving.messages import FirstToken, TokenEvent
 from tests.fakes import FakeEngine, scripted
@@ -27,6 +27,7 @@ async def scrape(http):
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     samples = {}
     families = list(text_string_to_metric_families(response.text))
+    assert "_created" not in response.text
     assert len({family.name for family in families}) == len(families)
     for family in families:
         for sample in family.samples:
@@ -218,6 +219,29 @@ def test_metrics_without_the_engine_are_the_fronts(monkeypatch):
                 engine.die()
                 while state.engine.alive:
                     await asyncio.sleep(0.005)
+
+    run(main)
+
+
+def test_the_watch_samples_by_itself_and_outlives_a_silent_engine(monkeypatch):
+    monkeypatch.setattr(loads, "WATCH_INTERVAL_S", 0.005)
+    now = [0.0]
+
+    async def main():
+        async with serving(timer=lambda: now[0]) as (http, state, engine):
+            watching = asyncio.create_task(state.loads.watch())
+            answer, state.engine.status = state.engine.status, None  # every sample fails
+            state.engine.status = lambda timeout_s: answer(0.001)
+            engine.mute = True
+            await asyncio.sleep(0.02)
+            engine.mute = False
+            await http.post(URL, json={"prompt": [5], "max_tokens": 9, "routed_dp_rank": 1})
+            now[0] = 3.0
+            while not state.loads.rates(1).generated_per_s:
+                await asyncio.sleep(0.005)
+            assert state.loads.rates(1).generated_per_s == 3.0
+            state.engine.fail("Gone.")
+            await watching
 
     run(main)
 
