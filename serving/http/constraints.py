@@ -83,7 +83,9 @@ def _schema(schema: Any, field: str) -> Grammar:
         return Grammar(kind="json_schema", text=schema)
     if isinstance(schema, dict | bool):
         return Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode())
-    raise ApiError(f"{field} must be a JSON schema: an object, or its text.", param=field)
+    raise ApiError(
+        f"{field} must be a JSON schema: an object, or its text.", param=field.split(".")[0]
+    )
 
 
 def _response_format(value: Any) -> Grammar | None:
