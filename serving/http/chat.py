@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.http.calls import Call, Job, make_call
+from serving.http.constraints import checked_constraint
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import AnswerToken, Tally, complete, generation
 from serving.http.protocol import (
@@ -85,6 +86,7 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
         max_tokens=max_tokens,
         logprobs=logprobs,
         seeds=state.seeds,
+        grammar=checked_constraint(body, state.grammars),
     )
     return make_call(
         state,

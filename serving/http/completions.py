@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.http.calls import Call, Job, check_num_answers, make_call
+from serving.http.constraints import checked_constraint
 from serving.http.echo import echo_of
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import Answer, AnswerToken, Delta, Tally, complete, generation
@@ -30,7 +31,7 @@ from serving.http.sampling import (
 )
 from serving.http.sse import Events, stream, unless_disconnected
 from serving.http.state import WEIGHT_VERSION, ServerState
-from serving.request import SamplingParams
+from serving.request import Grammar, SamplingParams
 from serving.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -65,9 +66,10 @@ def to_call(
             f"logprobs must be in [0, {MAX_LOGPROBS}], got {body.logprobs}.", param="logprobs"
         )
     num = num_samples(body)
+    grammar = checked_constraint(body, state.grammars)
     prompts = _prompts(body.prompt, state.tokenizer)
     check_num_answers(len(prompts), num)
-    jobs = [job for text, ids in prompts for job in _jobs(state, body, text, ids, num)]
+    jobs = [job for text, ids in prompts for job in _jobs(state, body, text, ids, num, grammar)]
     return make_call(
         state,
         body,
@@ -80,7 +82,12 @@ def to_call(
 
 
 def _jobs(
-    state: ServerState, body: CompletionBody, text: str | None, prompt: Sequence[int], num: int
+    state: ServerState,
+    body: CompletionBody,
+    text: str | None,
+    prompt: Sequence[int],
+    num: int,
+    grammar: Grammar | None,
 ) -> list[Job]:
     """The answers to one prompt, `text` if it was one."""
     tokenizer, context = state.tokenizer, state.engine.ready.max_context_tokens
@@ -100,6 +107,7 @@ def _jobs(
         max_tokens=max_tokens,
         logprobs=body.logprobs,
         seeds=state.seeds,
+        grammar=grammar,
     )
     if score_only:  # the dropped token is the cheapest there is
         sampling = SamplingParams(max_tokens=1, temperature=0.0)

@@ -202,6 +202,7 @@ class _AnswerDecoder:
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=call.skip_special_tokens)
         self._matcher = StopMatcher(call.stops)
         self._keep_stop = call.keep_stop
+        self._stop_ids = job.sampling.stop_token_ids
         self._score_only = job.score_only
         self.num_chars = 0 if job.echo is None else len(job.echo.text)
 
@@ -210,7 +211,8 @@ class _AnswerDecoder:
         reason = event.finish_reason
         if self._score_only:
             return "", "length" if reason == "stop" else reason, None
-        stopped = reason == "stop"
+        # An answer may also stop because its grammar is complete: its last token is text then.
+        stopped = reason == "stop" and event.token_id in self._stop_ids
         new = ""
         if event.token_id is not None and (self._keep_stop or not stopped):
             new = self._detokenizer.push(event.token_id)

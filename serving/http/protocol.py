@@ -117,10 +117,6 @@ class ChatBody(GenerationBody, kw_only=True):
 NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "stop_regex": ([],),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
-    "response_format": ({"type": "text"},),
     "lora_path": (),
     "session_params": (),
     "custom_logit_processor": (),

@@ -17,7 +17,7 @@ import msgspec
 
 from serving.http.errors import ApiError
 from serving.http.protocol import CompletionBody, GenerationBody
-from serving.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from serving.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, Grammar, SamplingParams
 from serving.tokenizer import Tokenizer, TokenizerError, read_json
 
 T = TypeVar("T")
@@ -93,6 +93,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     seeds: random.Random,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The sampling parameters of one prompt; the ranges have been checked.
 
@@ -121,6 +122,7 @@ def sampling_params(
         min_tokens=min_tokens,
         stop_token_ids=_stop_token_ids(body, tokenizer),
         logprobs=logprobs,
+        grammar=grammar,
     )
 
 

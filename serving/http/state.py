@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from serving.config import ServerConfig
 from serving.engine_client import EngineClient
+from serving.grammar import GrammarCompiler
 from serving.http.errors import ApiError
 from serving.http.loads import LoadWatch
 from serving.http.metrics import FrontMetrics
@@ -32,6 +33,7 @@ class ServerState:
     """Everything a handler needs.
 
     Attributes:
+        grammars: checks the grammars of requests; None refuses such requests.
         defaults: sampling parameters of requests that bring none.
         seeds: draws the seed of every request without one.
         timer: seconds of a clock that does not jump, for durations.
@@ -42,6 +44,7 @@ class ServerState:
     config: ServerConfig
     tokenizer: Tokenizer
     engine: EngineClient
+    grammars: GrammarCompiler | None = None
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     seeds: random.Random = field(default_factory=random.Random)
     clock: Callable[[], float] = time.time

@@ -63,10 +63,6 @@ COMPLETIONS = [
     ({"min_tokens": -1}, "min_new_tokens must be in [0, max_new_tokens(16)], got -1."),
     ({"min_tokens": 4, "max_tokens": 3}, "min_new_tokens must be in [0, max_new_tokens(3)]"),
     ({"stop_regex": "a+"}, "stop_regex is not supported yet"),
-    ({"regex": "a+"}, "regex is not supported yet"),
-    ({"ebnf": "root ::= x"}, "ebnf is not supported yet"),
-    ({"json_schema": "{}"}, "json_schema is not supported yet"),
-    ({"response_format": {"type": "json_object"}}, "response_format is not supported yet"),
     ({"no_stop_trim": "yes"}, "no_stop_trim: expected"),
     ({"lora_path": "x"}, "lora_path is not supported yet"),
     (
@@ -154,7 +150,6 @@ CHAT = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be in [0, 20], got 21"),
     ({"tools": [{"type": "function"}]}, "tools is not supported yet"),
     ({"tool_choice": "required"}, "tool_choice is not supported yet"),
-    ({"response_format": {"type": "json_schema"}}, "response_format is not supported yet"),
     ({"continue_final_message": True}, "continue_final_message is not supported yet"),
     ({"reasoning_effort": "high"}, "reasoning_effort is not supported yet"),
     ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected"),
