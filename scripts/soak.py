@@ -45,8 +45,9 @@ OWN_SERVER = (
 SPECIAL_TOKENS = 8
 """Prompts are made of ids from here on."""
 
-OK, REFUSED, EITHER = "answered", "refused", "answered or refused"
-"""What a request deserves. A full queue may turn any of them away."""
+OK, REFUSED, EITHER, ANY = "answered", "refused", "answered or refused", "any answer"
+"""What a request deserves. A full queue may turn any of them away; ANY is for routes that are not
+completions, or not there."""
 
 
 class SoakError(RuntimeError):
@@ -59,9 +60,10 @@ class Attempt:
 
     Attributes:
         kind: for the summary.
-        path: where it is posted.
+        path: where it goes.
         content: the body, JSON or not.
-        deserves: OK, REFUSED or EITHER.
+        deserves: OK, REFUSED, EITHER or ANY.
+        method: of HTTP.
         hang_up_s: seconds after which the client goes away; None stays.
     """
 
@@ -69,6 +71,7 @@ class Attempt:
     path: str
     content: bytes
     deserves: str
+    method: str = "POST"
     hang_up_s: float | None = None
 
 
@@ -102,6 +105,7 @@ class Traffic:
             self.wrong_type: 4,
             self.huge_number: 4,
             self.extra_feature: 10,
+            self.other_route: 5,
         }
 
     def draw(self) -> Attempt:
@@ -257,6 +261,26 @@ class Traffic:
         body = self._body(self._ids(self.rng.randint(1, 40))) | self.rng.choice(extra)
         return self._completion("extra feature", body, EITHER)
 
+    def other_route(self) -> Attempt:
+        method, path = self.rng.choice(
+            [
+                ("GET", "/v1/models"),
+                ("GET", "/v1/models/nothing"),
+                ("GET", "/get_model_info"),
+                ("GET", "/get_server_info"),
+                ("GET", "/v1/loads?include=all"),
+                ("GET", "/metrics"),
+                ("GET", "/health"),
+                ("POST", "/flush_cache"),
+                ("POST", "/abort_request"),
+                ("GET", "/v1/completions"),
+                ("DELETE", "/v1/chat/completions"),
+                ("POST", "/no/such/route"),
+            ]
+        )
+        content = b'{"rid": "nobody"}' if method == "POST" else b""
+        return Attempt(kind="other route", path=path, method=method, content=content, deserves=ANY)
+
     def burst(self, size: int) -> list[Attempt]:
         """Small requests, all at once."""
         return [
@@ -331,7 +355,7 @@ class Soak:
     async def _answer(self, attempt: Attempt) -> tuple[int, str | None]:
         headers = {"content-type": "application/json"}
         async with self._client.stream(
-            "POST", attempt.path, content=attempt.content, headers=headers
+            attempt.method, attempt.path, content=attempt.content, headers=headers
         ) as response:
             content = await response.aread()
             return response.status_code, judge(
@@ -378,6 +402,8 @@ def judge(deserves: str, status: int, content_type: str, content: bytes) -> str 
         return None
     if status >= 500 or not 200 <= status < 500:
         return f"HTTP {status}: {text}"
+    if deserves == ANY:
+        return None
     if status >= 400:
         if deserves == OK:
             return f"refused with {status}: {text}"

@@ -133,7 +133,7 @@ def test_a_seed_names_the_traffic():
         source = traffic(seed)
         drawn.append([source.draw() for _ in range(400)])
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len({attempt.kind for attempt in drawn[0]}) == 9
+    assert len({attempt.kind for attempt in drawn[0]}) == 10
 
 
 def test_traffic_against_a_good_server_passes():
@@ -189,6 +189,9 @@ JSON, SSE = "application/json", "text/event-stream; charset=utf-8"
         (soak.EITHER, 200, JSON, GOOD, False),
         (soak.EITHER, 400, JSON, b'{"message": "no"}', False),
         (soak.EITHER, 500, JSON, b'{"message": "oops"}', True),
+        (soak.ANY, 200, "text/plain", b"OK", False),
+        (soak.ANY, 404, JSON, b"", False),
+        (soak.ANY, 500, JSON, b'{"message": "oops"}', True),
     ],
 )
 def test_an_answer_is_judged_by_what_its_request_deserves(deserves, status, kind, content, wrong):
