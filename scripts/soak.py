@@ -5,9 +5,9 @@ bodies that are no JSON, wrong types, huge numbers, bursts beyond the queue. It 
 has a status that its request does not deserve, when anything hangs, when slices are not idle and
 empty afterwards, when a program was compiled again, or when the server's memory goes on growing.
 Without --base-url it starts a server of its own: the demo model, a small pool, a short queue.
-Run from the repository's root:
+For example:
 
-  python -m scripts.soak --seconds 600 --seed 1
+  python scripts/soak.py --seconds 600 --seed 1
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 import numpy as np
