@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Traffic:
 
     def _body(self, prompt: Any, **more: Any) -> dict[str, Any]:
         rng = self.rng
-        body = {"prompt": prompt, "max_tokens": rng.randint(1, max(1, self._longest // 4)), **more}
+        body = {"prompt": prompt, "max_tokens": rng.randint(1, max(1, self._longest // 8)), **more}
         if rng.random() < 0.5:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if rng.random() < 0.5:
@@ -285,9 +285,10 @@ class Traffic:
 
     def burst(self, size: int) -> list[Attempt]:
         """Small requests, all at once."""
+        bodies = [self._body(self._ids(self.rng.randint(1, 32))) for _ in range(size)]
         return [
-            self._completion("burst", self._body(self._ids(self.rng.randint(1, 32))))
-            for _ in range(size)
+            self._completion("burst", body | {"max_tokens": self.rng.randint(1, 8)})
+            for body in bodies
         ]
 
 
@@ -298,9 +299,12 @@ class Soak:
         self.outcomes: list[Outcome] = []
         self._client, self._traffic, self._deadline_s = client, traffic, deadline_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._bursts: set[asyncio.Task[None]] = set()
 
     async def run(self, seconds: float, *, rate: float, burst: int, most_open: int) -> None:
         """Traffic at Poisson times, a burst about every 20 s; until all of it is answered.
+
+        A burst waits until the one before is over.
 
         Args:
             rate: attempts a second.
@@ -310,25 +314,20 @@ class Soak:
         rng, end = self._traffic.rng, time.monotonic() + seconds
         next_burst = time.monotonic() + min(5.0, seconds / 3)
         while (now := time.monotonic()) < end:
-            if burst and now >= next_burst:
+            if burst and now >= next_burst and not self._bursts:
                 next_burst = now + rng.uniform(10, 30)
                 for attempt in self._traffic.burst(burst):
-                    self._start(self._attempt(attempt))
+                    _start(self._bursts, self._attempt(attempt))
             if len(self._tasks) < most_open:
                 if rng.random() < 0.03:
-                    self._start(self._raw())
+                    _start(self._tasks, self._raw())
                 else:
-                    self._start(self._attempt(self._traffic.draw()))
+                    _start(self._tasks, self._attempt(self._traffic.draw()))
             await asyncio.sleep(min(rng.expovariate(rate), 5.0))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=2 * self._deadline_s)
-        if self._tasks:
-            raise SoakError(f"{len(self._tasks)} attempts outlived their deadline.")
-
-    def _start(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if rest := self._tasks | self._bursts:
+            _, rest = await asyncio.wait(rest, timeout=2 * self._deadline_s)
+            if rest:
+                raise SoakError(f"{len(rest)} attempts outlived their deadline.")
 
     async def _attempt(self, attempt: Attempt) -> None:
         began, status, wrong = time.monotonic(), 0, None
@@ -395,6 +394,13 @@ class Soak:
             wrong = None if isinstance(error, ConnectionResetError) else str(error)
         seconds = time.monotonic() - began
         self.outcomes.append(Outcome(kind="not HTTP", status=0, seconds=seconds, wrong=wrong))
+
+
+def _start(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` as one of `tasks` until it is over."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 def judge(deserves: str, status: int, content_type: str, content: bytes) -> str | None:
