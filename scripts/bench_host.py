@@ -3,9 +3,9 @@
 The scheduler, the batch builder and the reading of tokens are the real ones; in place of the
 model's two programs stand two that do nothing with as many arguments, compiled over as many
 emulated devices as there are slices. A step is planned and launched before the one before is
-applied, as the engine does. Run from the repository's root:
+applied, as the engine does. For example:
 
-  python -m scripts.bench_host
+  python scripts/bench_host.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp

@@ -8,11 +8,14 @@ MLA has one KV head, so tp devices hold tp copies of one pool, dp slices hold dp
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.benchmarking import emit, table
 from serving.config import ServerConfig, default_compilation_cache_dir
 from serving.engine.engine import Engine, configure_jax, make_engine
 from serving.request import Request, SamplingParams
@@ -78,22 +81,15 @@ def main() -> None:
         max_total_tokens=args.pool_tokens,
         decode_buckets=(max(8, -(-args.pool_tokens // args.prompt_tokens)),),
         extend_buckets=(512,),
+        disable_radix_cache=True,  # requests that share a page would fill a pool twice
         compilation_cache_dir=default_compilation_cache_dir(),
     )
     configure_jax(config)
     rows = [measure(replace(config, dp_size=dp), args.prompt_tokens) for dp in (1, args.tp)]
-    print(f"{'layout':24}{'pool bytes/device':>20}{'live requests':>15}{'live KV tokens':>16}")
-    for row in rows:
-        print(
-            f"{row['layout']:24}{row['kv_bytes_per_device']:>20,}{row['requests']:>15}"
-            f"{row['tokens']:>16,}"
-        )
+    print(table(rows))
     ratio = rows[1]["tokens"] / rows[0]["tokens"]
     print(f"DP attention holds {ratio:.2f} times the tokens in the same bytes per device.")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    print(json.dumps({"commit": commit, "model": args.model_path, "rows": rows, "ratio": ratio}))
+    emit("kv_capacity", model=args.model_path, rows=rows, ratio=ratio)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,12 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import ml_dtypes
 import numpy as np
+
+from scripts.benchmarking import emit
 
 LAYERS = 8
 CONFIG = {
@@ -164,7 +168,7 @@ def main() -> int:
                     f"one device {row['layer'] >> 20} MiB",
                     flush=True,
                 )
-    print(json.dumps({"bytes": size, "devices": args.devices, "dtype": args.dtype, "rows": rows}))
+    emit("loading", bytes=size, devices=args.devices, dtype=args.dtype, rows=rows)
     return 0
 
 

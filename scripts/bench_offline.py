@@ -2,10 +2,10 @@
 
 Random prompts, greedy, nothing ends before its last token. The workloads are those of the peers'
 numbers in docs/performance.md; --scale small makes them finish on a CPU in a minute. Every flag of
-scripts/serve.py that concerns the engine may be added. Run from the repository's root:
+scripts/serve.py that concerns the engine may be added. For example:
 
-  python -m scripts.bench_offline --scale small --device cpu
-  python -m scripts.bench_offline --shape deepseek-v2-lite --device cuda
+  python scripts/bench_offline.py --scale small --device cpu
+  python scripts/bench_offline.py --shape deepseek-v2-lite --device cuda
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.benchmarking import emit, percentile, say, table
 from scripts.workloads import Session, Tokens, Vocabulary, independent, shared_prefix

@@ -2,9 +2,9 @@
 
 Works with any server that has /v1/completions and streams. Requests come at random (Poisson) times
 with --request-rate, or from --concurrency clients that each ask again when answered. Prompts are
-token ids, so no tokenizer is needed. Run from the repository's root:
+token ids, so no tokenizer is needed. For example:
 
-  python -m scripts.bench_serving --base-url http://127.0.0.1:30000 --workload gsp --concurrency 16
+  python scripts/bench_serving.py --base-url http://127.0.0.1:30000 --workload gsp --concurrency 16
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 

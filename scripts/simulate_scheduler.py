@@ -4,10 +4,10 @@ A stub stands where the devices are: a step takes as long as its program's size 
 token is made up. Costs of a step are flags; their defaults are measured ones. Part `phases`
 compares mixed, interleaved and aligned prefill by load and number of slices, with the costs of
 DeepSeek-V2-Lite on an H100. Part `balance` compares the ways to choose a slice, over four slices
-whose prefixes exceed three of their caches. Minutes of load take seconds. Run from the root:
+whose prefixes exceed three of their caches. Minutes of load take seconds. For example:
 
-  python -m scripts.simulate_scheduler
-  python -m scripts.simulate_scheduler --part balance --workloads zipf --requests 2000
+  python scripts/simulate_scheduler.py
+  python scripts/simulate_scheduler.py --part balance --workloads zipf --requests 2000
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.benchmarking import emit, percentile, say, table
 from scripts.workloads import (

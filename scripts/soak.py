@@ -5,9 +5,9 @@ bodies that are no JSON, wrong types, huge numbers, bursts beyond the queue. It 
 has a status that its request does not deserve, when anything hangs, when slices are not idle and
 empty afterwards, when a program was compiled again, or when the server's memory goes on growing.
 Without --base-url it starts a server of its own: the demo model, a small pool, a short queue.
-Run from the repository's root:
+For example:
 
-  python -m scripts.soak --seconds 600 --seed 1
+  python scripts/soak.py --seconds 600 --seed 1
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 import numpy as np
@@ -45,8 +47,9 @@ OWN_SERVER = (
 SPECIAL_TOKENS = 8
 """Prompts are made of ids from here on."""
 
-OK, REFUSED, EITHER = "answered", "refused", "answered or refused"
-"""What a request deserves. A full queue may turn any of them away."""
+OK, REFUSED, EITHER, ANY = "answered", "refused", "answered or refused", "any answer"
+"""What a request deserves. A full queue may turn any of them away; ANY is for routes that are not
+completions, or not there."""
 
 
 class SoakError(RuntimeError):
@@ -59,9 +62,10 @@ class Attempt:
 
     Attributes:
         kind: for the summary.
-        path: where it is posted.
+        path: where it goes.
         content: the body, JSON or not.
-        deserves: OK, REFUSED or EITHER.
+        deserves: OK, REFUSED, EITHER or ANY.
+        method: of HTTP.
         hang_up_s: seconds after which the client goes away; None stays.
     """
 
@@ -69,6 +73,7 @@ class Attempt:
     path: str
     content: bytes
     deserves: str
+    method: str = "POST"
     hang_up_s: float | None = None
 
 
@@ -102,6 +107,7 @@ class Traffic:
             self.wrong_type: 4,
             self.huge_number: 4,
             self.extra_feature: 10,
+            self.other_route: 5,
         }
 
     def draw(self) -> Attempt:
@@ -114,7 +120,7 @@ class Traffic:
 
     def _body(self, prompt: Any, **more: Any) -> dict[str, Any]:
         rng = self.rng
-        body = {"prompt": prompt, "max_tokens": rng.randint(1, max(1, self._longest // 4)), **more}
+        body = {"prompt": prompt, "max_tokens": rng.randint(1, max(1, self._longest // 8)), **more}
         if rng.random() < 0.5:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if rng.random() < 0.5:
@@ -257,11 +263,32 @@ class Traffic:
         body = self._body(self._ids(self.rng.randint(1, 40))) | self.rng.choice(extra)
         return self._completion("extra feature", body, EITHER)
 
+    def other_route(self) -> Attempt:
+        method, path = self.rng.choice(
+            [
+                ("GET", "/v1/models"),
+                ("GET", "/v1/models/nothing"),
+                ("GET", "/get_model_info"),
+                ("GET", "/get_server_info"),
+                ("GET", "/v1/loads?include=all"),
+                ("GET", "/metrics"),
+                ("GET", "/health"),
+                ("POST", "/flush_cache"),
+                ("POST", "/abort_request"),
+                ("GET", "/v1/completions"),
+                ("DELETE", "/v1/chat/completions"),
+                ("POST", "/no/such/route"),
+            ]
+        )
+        content = b'{"rid": "nobody"}' if method == "POST" else b""
+        return Attempt(kind="other route", path=path, method=method, content=content, deserves=ANY)
+
     def burst(self, size: int) -> list[Attempt]:
         """Small requests, all at once."""
+        bodies = [self._body(self._ids(self.rng.randint(1, 32))) for _ in range(size)]
         return [
-            self._completion("burst", self._body(self._ids(self.rng.randint(1, 32))))
-            for _ in range(size)
+            self._completion("burst", body | {"max_tokens": self.rng.randint(1, 8)})
+            for body in bodies
         ]
 
 
@@ -272,9 +299,12 @@ class Soak:
         self.outcomes: list[Outcome] = []
         self._client, self._traffic, self._deadline_s = client, traffic, deadline_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._bursts: set[asyncio.Task[None]] = set()
 
     async def run(self, seconds: float, *, rate: float, burst: int, most_open: int) -> None:
         """Traffic at Poisson times, a burst about every 20 s; until all of it is answered.
+
+        A burst waits until the one before is over.
 
         Args:
             rate: attempts a second.
@@ -284,25 +314,20 @@ class Soak:
         rng, end = self._traffic.rng, time.monotonic() + seconds
         next_burst = time.monotonic() + min(5.0, seconds / 3)
         while (now := time.monotonic()) < end:
-            if burst and now >= next_burst:
+            if burst and now >= next_burst and not self._bursts:
                 next_burst = now + rng.uniform(10, 30)
                 for attempt in self._traffic.burst(burst):
-                    self._start(self._attempt(attempt))
+                    _start(self._bursts, self._attempt(attempt))
             if len(self._tasks) < most_open:
                 if rng.random() < 0.03:
-                    self._start(self._raw())
+                    _start(self._tasks, self._raw())
                 else:
-                    self._start(self._attempt(self._traffic.draw()))
+                    _start(self._tasks, self._attempt(self._traffic.draw()))
             await asyncio.sleep(min(rng.expovariate(rate), 5.0))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=2 * self._deadline_s)
-        if self._tasks:
-            raise SoakError(f"{len(self._tasks)} attempts outlived their deadline.")
-
-    def _start(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if rest := self._tasks | self._bursts:
+            _, rest = await asyncio.wait(rest, timeout=2 * self._deadline_s)
+            if rest:
+                raise SoakError(f"{len(rest)} attempts outlived their deadline.")
 
     async def _attempt(self, attempt: Attempt) -> None:
         began, status, wrong = time.monotonic(), 0, None
@@ -331,7 +356,7 @@ class Soak:
     async def _answer(self, attempt: Attempt) -> tuple[int, str | None]:
         headers = {"content-type": "application/json"}
         async with self._client.stream(
-            "POST", attempt.path, content=attempt.content, headers=headers
+            attempt.method, attempt.path, content=attempt.content, headers=headers
         ) as response:
             content = await response.aread()
             return response.status_code, judge(
@@ -371,6 +396,13 @@ class Soak:
         self.outcomes.append(Outcome(kind="not HTTP", status=0, seconds=seconds, wrong=wrong))
 
 
+def _start(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` as one of `tasks` until it is over."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
 def judge(deserves: str, status: int, content_type: str, content: bytes) -> str | None:
     """What is wrong with an answer; None if nothing."""
     text = content[:200].decode(errors="replace")
@@ -378,6 +410,8 @@ def judge(deserves: str, status: int, content_type: str, content: bytes) -> str 
         return None
     if status >= 500 or not 200 <= status < 500:
         return f"HTTP {status}: {text}"
+    if deserves == ANY:
+        return None
     if status >= 400:
         if deserves == OK:
             return f"refused with {status}: {text}"
