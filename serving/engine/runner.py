@@ -230,7 +230,14 @@ class ModelRunner:
         weights = [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params]
         forward = sharded(
             functools.partial(
-                _forward, self.spec, MeshComm(self.layout, self.config.moe_a2a_backend), packing
+                _forward,
+                self.spec,
+                MeshComm(
+                    self.layout,
+                    self.config.moe_a2a_backend,
+                    deterministic=self.config.enable_deterministic_inference,
+                ),
+                packing,
             ),
             self.mesh,
             (self.spec.specs, pool_spec, by_slice, by_slice),
