@@ -74,11 +74,13 @@ class StepTotals:
         seconds: wall time by kind, "decode" or "extend". Where steps overlap, each counts from the
             end of the one before.
         prefilling_slices: entry n counts the steps in which n slices prefilled.
+        prefilling_seconds: entry n is the wall time of these steps.
     """
 
     count: int = 0
     seconds: dict[str, float]
     prefilling_slices: list[int]
+    prefilling_seconds: list[float]
 
 
 class Engine:
@@ -103,7 +105,9 @@ class Engine:
         self.overlap = overlap
         num_slices = scheduler.config.num_slices
         self.totals = StepTotals(
-            seconds={"decode": 0.0, "extend": 0.0}, prefilling_slices=[0] * (num_slices + 1)
+            seconds={"decode": 0.0, "extend": 0.0},
+            prefilling_slices=[0] * (num_slices + 1),
+            prefilling_seconds=[0.0] * (num_slices + 1),
         )
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
@@ -184,10 +188,12 @@ class Engine:
         plan, launched, started = self._in_flight.popleft()
         result = launched.result()
         now = self._clock()
-        kind = "extend" if plan.is_extend else "decode"
+        seconds = now - max(started, self._last_end)
+        prefilling = sum(bool(s.prefill) for s in plan.slices)
         self.totals.count += 1
-        self.totals.seconds[kind] += now - max(started, self._last_end)
-        self.totals.prefilling_slices[sum(bool(s.prefill) for s in plan.slices)] += 1
+        self.totals.seconds["extend" if prefilling else "decode"] += seconds
+        self.totals.prefilling_slices[prefilling] += 1
+        self.totals.prefilling_seconds[prefilling] += seconds
         self._last_end = now
         outcomes: list[TokenOutcome | RequestFailure] = []
         for outcome in self.scheduler.apply(plan, result):

@@ -128,6 +128,7 @@ class EngineLoop:
             ],
             step_seconds=dict(totals.seconds),
             prefilling_slices=list(totals.prefilling_slices),
+            prefilling_seconds=list(totals.prefilling_seconds),
         )
 
 
@@ -148,6 +149,8 @@ class StepReport:
         seconds = max(now - self._since, 1e-9)
         parts = []
         for before, after in zip(self._last, status, strict=True):
+            if not after.running and after.counters == before.counters:
+                continue  # idle all the time
             prompt = after.counters.prompt_tokens - before.counters.prompt_tokens
             cached = after.counters.cached_tokens - before.counters.cached_tokens
             tokens = after.counters.generated_tokens - before.counters.generated_tokens
@@ -160,7 +163,7 @@ class StepReport:
             "%d waiting, %.1f steps/s %s",
             self._engine.scheduler.num_waiting,
             self._interval / seconds,
-            " ".join(parts),
+            " ".join(parts) + (f" {idle} idle" if (idle := len(status) - len(parts)) else ""),
         )
         self._since, self._last = now, status
 
