@@ -9,6 +9,7 @@ that a step of hundreds of rows costs the host a few array operations.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -68,24 +69,30 @@ class Packing:
         return {
             "sampling": (self.shape.sampled_rows, len(Column)),
             "decode_positions": (b,),
-            "decode_tables": (b, p),
             "prefill_tokens": (m,),
             "chunk_first_row": (c,),
             "chunk_rows": (c,),
             "chunk_start": (c,),
+            "decode_tables": (b, p),
             "chunk_tables": (c, p),
         }
 
     @property
+    def table_start(self) -> int:
+        """Where the page tables begin, the bulk of a row; all else stands before them."""
+        rows = self.shape.decode_rows + self.shape.chunks
+        return self.width - rows * self.table_width
+
+    @property
     def width(self) -> int:
         """int32 numbers in a row."""
-        return sum(int(np.prod(shape)) for shape in self.fields().values())
+        return sum(math.prod(shape) for shape in self.fields().values())
 
     def views(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Named views [D, ...] into the rows of all slices, i32 [D, width] (host side)."""
         parts, at = {}, 0
         for name, shape in self.fields().items():
-            size = int(np.prod(shape))
+            size = math.prod(shape)
             parts[name] = rows[:, at : at + size].reshape(len(rows), *shape)
             at += size
         return parts
@@ -94,7 +101,7 @@ class Packing:
         """Named arrays of one row (inside a program)."""
         parts, at = {}, 0
         for name, shape in self.fields().items():
-            size = int(np.prod(shape))
+            size = math.prod(shape)
             parts[name] = lax.slice_in_dim(row, at, at + size).reshape(shape)
             at += size
         return parts
@@ -198,14 +205,13 @@ class BatchBuilder:
         self._sampling: list[list[SamplingParams | None]] = [
             [None] * num_slots for _ in range(num_slices)
         ]
-        self._empty: dict[Packing, np.ndarray] = {}
+        self._empty: dict[Packing, tuple[np.ndarray, int]] = {}
 
     def build(self, plan: StepPlan, packing: Packing) -> Batch:
         """The rows of a plan that the packing's shape holds."""
-        empty = self._empty.get(packing)
-        if empty is None:
-            empty = self._empty[packing] = packing.empty(len(plan.slices))
-        rows = empty.copy()
+        empty, tables = self._empty.get(packing) or self._remember(packing, len(plan.slices))
+        rows = np.empty((len(plan.slices), packing.width), np.int32)
+        rows[:, :tables] = empty
         parts = packing.views(rows)
         samples, plain = False, True
         for s, slice_plan in enumerate(plan.slices):
@@ -216,7 +222,15 @@ class BatchBuilder:
                 sampled = self._fill_prefill(s, slice_plan, parts, packing.shape.decode_rows)
                 samples |= bool(sampled)
                 plain &= all(chunk.sampling.plain for chunk in sampled)
+            self._fill_tables(s, slice_plan.decode, parts["decode_tables"][s])
+            self._fill_tables(s, slice_plan.prefill, parts["chunk_tables"][s])
         return Batch(rows=rows, samples=samples, plain=plain)
+
+    def _remember(self, packing: Packing, num_slices: int) -> tuple[np.ndarray, int]:
+        """A packing's padding rows up to the tables, and where these begin."""
+        start = packing.table_start
+        self._empty[packing] = packing.empty(num_slices)[:, :start], start
+        return self._empty[packing]
 
     def _fill_decode(self, s: int, rows: Sequence[DecodeRow], parts: dict[str, np.ndarray]) -> bool:
         """Write a slice's decode rows; whether all are plain."""
@@ -224,7 +238,6 @@ class BatchBuilder:
         self._refresh(s, slots, pages, sampling)
         at, n = np.array(slots), len(rows)
         parts["decode_positions"][s, :n] = positions
-        parts["decode_tables"][s, :n] = self._tables[s, at]
         numbers = parts["sampling"][s, :n]
         numbers[:] = self._numbers[s, at]
         numbers[:, Column.POSITION] = parts["decode_positions"][s, :n] + 1
@@ -245,7 +258,6 @@ class BatchBuilder:
         parts["chunk_first_row"][s, :n] = np.cumsum(sizes) - sizes
         parts["chunk_rows"][s, :n] = sizes
         parts["chunk_start"][s, :n] = [chunk.start for chunk in chunks]
-        parts["chunk_tables"][s, :n] = self._tables[s, slots]
         sampled = [i for i, chunk in enumerate(chunks) if chunk.samples]
         if sampled:
             at = [decode_rows + i for i in sampled]
@@ -253,6 +265,17 @@ class BatchBuilder:
             numbers[:, Column.POSITION] = [chunks[i].start + sizes[i] for i in sampled]
             parts["sampling"][s, at] = numbers
         return [chunks[i] for i in sampled]
+
+    def _fill_tables(
+        self, s: int, rows: Sequence[DecodeRow | PrefillChunk], tables: np.ndarray
+    ) -> None:
+        """Write the page tables of a slice's rows, i32 [B or C, P]; zeros behind them."""
+        n = len(rows)
+        if n:
+            # No slot is out of range; "clip" is what lets take write without a copy.
+            slots = [row.slot for row in rows]
+            self._tables[s].take(slots, axis=0, out=tables[:n], mode="clip")
+        tables[n:] = 0
 
     def _refresh(
         self,
@@ -264,10 +287,12 @@ class BatchBuilder:
         """Bring the mirrors of these slots up to date."""
         known_pages, known_sampling = self._pages[s], self._sampling[s]
         for slot, table, params in zip(slots, pages, sampling, strict=True):
-            if known_pages[slot] is not table:
+            before = known_pages[slot]
+            if before is not table:
                 known_pages[slot] = table
                 self._tables[s, slot, : len(table)] = table
-                self._tables[s, slot, len(table) :] = 0
+                if before is not None and len(before) > len(table):
+                    self._tables[s, slot, len(table) : len(before)] = 0
             if known_sampling[slot] is not params:
                 known_sampling[slot] = params
                 self._numbers[s, slot] = sampling_numbers(params, slot, self._num_slots)

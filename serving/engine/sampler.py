@@ -107,7 +107,9 @@ def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     drawn_greedily = batch.temperatures <= 0
     scaled = logits / jnp.where(drawn_greedily, 1.0, batch.temperatures)[:, None]
     kept = jnp.where(scaled >= _threshold(scaled, batch)[:, None], scaled, -jnp.inf)
-    drawn = jnp.argmax(kept + _gumbel(batch, logits.shape[1]), axis=-1)
+    # XLA would draw the noise again in every pass over it, and takes thrice as long to compile.
+    noise = jax.lax.optimization_barrier(_gumbel(batch, logits.shape[1]))
+    drawn = jnp.argmax(kept + noise, axis=-1)
     return jnp.where(drawn_greedily, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
 
 

@@ -56,11 +56,27 @@ def test_a_step_runs_at_the_fullest_slices_size():
     assert b.shape_for(plan((0, []), (0, [10]))).decode_rows == 16
 
 
-def test_many_short_chunks_need_a_larger_program():
+def test_extend_programs_take_equally_many_chunks():
+    """So they sample equally many rows, and share their sampling programs."""
     b = buckets(decode_buckets=(8,), extend_buckets=(64, 256))
-    assert b.shape_for(plan((0, [1] * 4))).prefill_rows == 64
-    assert b.shape_for(plan((0, [1] * 5))).prefill_rows == 256
     assert b.prefill_chunks == 16
+    assert b.shape_for(plan((0, [1] * 16))).prefill_rows == 64
+    assert b.shape_for(plan((0, [5] * 16))).prefill_rows == 256
+    with pytest.raises(ValueError, match="17 prompt tokens in 17 chunks"):
+        b.shape_for(plan((0, [1] * 17)))
+    assert b.sampled_rows == [24, 8]
+
+
+def test_deterministic_inference_has_one_program_of_each_kind():
+    b = buckets(enable_deterministic_inference=True)
+    assert [(s.decode_rows, s.prefill_rows) for s in b.shapes()] == [(0, 512), (32, 0)]
+    assert b.shape_for(plan((1, []), (0, []))) == b.shapes()[1]
+    assert b.shape_for(plan((0, [1]), (0, []))) == b.shapes()[0]
+    with pytest.raises(ValueError, match="either decode or prefill"):
+        b.shape_for(plan((1, []), (0, [1])))
+    flags = {"decode_buckets": (2, 4), "extend_buckets": (16, 48)}
+    b = buckets(enable_deterministic_inference=True, **flags)
+    assert (b.decode, b.extend) == ((4,), (48,))
 
 
 def test_a_plan_beyond_every_program_is_an_error():
@@ -69,6 +85,8 @@ def test_a_plan_beyond_every_program_is_an_error():
         b.shape_for(plan((5, [])))
     with pytest.raises(ValueError, match="65 prompt tokens"):
         b.shape_for(plan((0, [65])))
+    with pytest.raises(ValueError, match="beside 5 decode rows"):
+        b.shape_for(plan((5, [1])))
 
 
 def test_every_plan_the_limits_allow_has_a_compiled_shape():
