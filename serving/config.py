@@ -405,6 +405,16 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--host", help="address to listen on")
     add(group, "--port", type=int, help="port to listen on")
     add(group, "--log-level", choices=("debug", "info", "warning", "error"), help="log level")
+    group.add_argument(
+        "--enable-metrics",
+        action="store_true",
+        help="accepted and always on: Prometheus metrics are at /metrics",
+    )
+    group.add_argument(
+        "--enable-cache-report",
+        action="store_true",
+        help="accepted and always on: usage.prompt_tokens_details tells the cached tokens",
+    )
     group = parser.add_argument_group("several hosts")
     group.add_argument("--nnodes", type=int, default=1, help="only 1 works so far")
     group.add_argument("--node-rank", type=int, default=0, help="only 0 works so far")
@@ -421,6 +431,8 @@ def parse_args(argv: list[str]) -> ServerConfig:
     args = vars(make_parser().parse_args(argv))
     if args.pop("nnodes") != 1 or args.pop("node_rank") != 0:
         raise ConfigError("--nnodes > 1 is not supported yet: meshserve runs on one host.")
+    for always_on in ("enable_metrics", "enable_cache_report"):
+        args.pop(always_on)
     enable_dpa: bool = args.pop("enable_dp_attention")
     attn_dp: int | None = args.pop("attn_dp_size")
     warnings: list[str] = []

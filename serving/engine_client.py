@@ -1,8 +1,9 @@
 """The front's side of the socket to the engine process.
 
-`EngineClient` owns one connection: it submits requests, hands each its own token events, and
-aborts what nobody reads any more. When the connection ends, every open stream fails with one
-sentence and `alive` is False for ever; starting again is not its business.
+`EngineClient` owns one connection: it submits requests, hands each its own token events, aborts
+what nobody reads any more, and asks the engine how it is. When the connection ends, every open
+stream and question fails with one sentence and `alive` is False for ever; starting again is not its
+business.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import itertools
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,7 +26,11 @@ from serving.messages import (
     Abort,
     EngineStatus,
     Failed,
+    FlushCache,
+    Flushed,
+    GetPulse,
     GetStatus,
+    Pulse,
     Ready,
     Shutdown,
     StepOutput,
@@ -73,8 +80,9 @@ class EngineClient:
         self._reader = reader
         self._writer = writer
         self._streams: dict[str, asyncio.Queue[TokenEvent | None]] = {}
-        self._status: dict[int, asyncio.Future[EngineStatus]] = {}
-        self._status_tokens = itertools.count()
+        self._questions: dict[int, asyncio.Future[Any]] = {}
+        self._question_tokens = itertools.count()
+        self._last_output = float("-inf")
         self._closed = asyncio.Event()
         self._read_task = asyncio.create_task(self._read())
 
@@ -142,22 +150,65 @@ class EngineClient:
         if self.alive:
             self._send(Abort(rid))
 
+    def cancel(self, prefix: str) -> int:
+        """End the open requests whose rid begins with `prefix`: their streams end with "abort".
+
+        Returns:
+            how many there were.
+        """
+        rids = [rid for rid in self._streams if rid.startswith(prefix)]
+        for rid in rids:
+            self.abort(rid)
+            # The engine says nothing about a request that it was told to forget.
+            self._streams[rid].put_nowait(TokenEvent(rid, None, "abort"))
+        return len(rids)
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the last token of any request; infinite before the first."""
+        return time.monotonic() - self._last_output
+
     async def status(self, timeout_s: float = 5.0) -> EngineStatus:
         """The engine's load.
 
         Raises:
             EngineFailed: the engine is gone, or does not answer in time.
         """
-        token = next(self._status_tokens)
-        answer: asyncio.Future[EngineStatus] = asyncio.get_running_loop().create_future()
-        self._status[token] = answer
+        answer: EngineStatus = await self._ask(GetStatus, timeout_s)
+        return answer
+
+    async def pulse(self, timeout_s: float = 5.0) -> Pulse:
+        """Whether the step loop moves, answered even while a step runs.
+
+        Raises:
+            EngineFailed: the engine is gone, or does not answer in time.
+        """
+        answer: Pulse = await self._ask(GetPulse, timeout_s)
+        return answer
+
+    async def flush_cache(self, timeout_s: float = 5.0) -> bool:
+        """Forget all cached prefixes; False where requests run or wait, and nothing was done.
+
+        Raises:
+            EngineFailed: the engine is gone, or does not answer in time.
+        """
+        answer: Flushed = await self._ask(FlushCache, timeout_s)
+        return answer.done
+
+    async def _ask(
+        self, question: Callable[[int], GetStatus | GetPulse | FlushCache], timeout_s: float
+    ) -> Any:
+        """Send a question with a fresh token and wait for the answer that bears it."""
+        token = next(self._question_tokens)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._questions[token] = answer
         try:
-            self._send(GetStatus(token))
+            self._send(question(token))
             return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
             raise EngineFailed(f"The engine did not answer within {timeout_s:g} s.") from None
         finally:
-            del self._status[token]
+            del self._questions[token]
 
     async def wait_closed(self) -> str:
         """Wait until the engine is gone; why."""
@@ -176,13 +227,13 @@ class EngineClient:
         await asyncio.gather(self._writer.wait_closed(), return_exceptions=True)
 
     def fail(self, sentence: str) -> None:
-        """Give the engine up: every open stream and status call fails with this sentence."""
+        """Give the engine up: every open stream and question fails with this sentence."""
         if self.failure is not None:
             return
         self.failure = sentence
         for queue in self._streams.values():
             queue.put_nowait(None)
-        for answer in self._status.values():
+        for answer in self._questions.values():
             if not answer.done():
                 answer.set_exception(EngineFailed(sentence))
         self._closed.set()
@@ -204,12 +255,13 @@ class EngineClient:
     def _dispatch(self, message: ToFront) -> None:
         match message:
             case StepOutput(events=events):
+                self._last_output = time.monotonic()
                 for event in events:
                     # Events of a request aborted a moment ago may still be on their way.
                     if queue := self._streams.get(event.rid):
                         queue.put_nowait(event)
-            case EngineStatus(token=token):
-                answer = self._status.get(token)
+            case EngineStatus(token=token) | Pulse(token=token) | Flushed(token=token):
+                answer = self._questions.get(token)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
             case Failed(message=sentence):

@@ -176,6 +176,8 @@ class EngineStatus(msgspec.Struct, tag=True, frozen=True):
     """Wall time of steps by kind ("decode", "extend") since the start."""
     prefilling_slices: list[int]
     """Entry n counts the steps in which n slices prefilled."""
+    prefilling_seconds: list[float] = []
+    """Entry n is the wall time of those steps; empty where it is not measured."""
 
 
 class Pulse(msgspec.Struct, tag=True, frozen=True):

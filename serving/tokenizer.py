@@ -165,6 +165,15 @@ class Tokenizer:
         return int(self._fast.get_vocab_size())
 
     @property
+    def num_ids(self) -> int:
+        """One more than the tokenizer's highest id (ids may have holes)."""
+        return 1 + max(self._fast.get_vocab(with_added_tokens=True).values())
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that says the same."""
+        return str(self._fast.to_str())
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.comm import ExpertFn
-from sharding.layout import Axes, Layout
+from sharding.sums import Sums, add_in_order
 
 ONE_ROUND_TOKENS = 256
 """Up to this many tokens a device, all_to_all has room for every token at every destination;
@@ -35,10 +35,6 @@ def _to_local(expert_ids: jax.Array, first: jax.Array, count: int) -> jax.Array:
     return jnp.where((local >= 0) & (local < count), local, -1)
 
 
-def _sum(x: jax.Array, axes: Axes, layout: Layout) -> jax.Array:
-    return lax.psum(x, axes) if layout.size(axes) > 1 else x
-
-
 def gather_exchange(
     x: jax.Array,
     expert_ids: jax.Array,
@@ -46,13 +42,14 @@ def gather_exchange(
     experts: ExpertFn,
     num_local_experts: int,
     shared: jax.Array | None,
-    layout: Layout,
+    sums: Sums,
 ) -> jax.Array:
     """All-gather tokens over the dp slices, compute the local experts, reduce-scatter the sums.
 
     Arguments and result are those of `Comm.moe`. Every device adds the part of the sum that its
     experts (and its share of their width) contribute; over the whole mesh these parts are complete.
     """
+    layout = sums.layout
     packed = _packed(expert_ids, weights)
     if layout.num_slices > 1:
         x = lax.all_gather(x, layout.attn_dp, tiled=True)
@@ -60,11 +57,10 @@ def gather_exchange(
     expert_ids, weights = _unpacked(packed)
     first = lax.axis_index(layout.moe_ep) * num_local_experts
     y = experts(x, _to_local(expert_ids, first, num_local_experts), weights)
-    if layout.num_slices > 1:
-        y = lax.psum_scatter(y, layout.attn_dp, tiled=True)
+    y = sums.scattered(y, layout.attn_dp)
     if shared is not None:
         y = y + shared
-    return _sum(y, layout.attn_tp, layout)
+    return sums.whole(y, layout.attn_tp)
 
 
 def all_to_all_exchange(
@@ -74,7 +70,7 @@ def all_to_all_exchange(
     experts: ExpertFn,
     num_local_experts: int,
     shared: jax.Array | None,
-    layout: Layout,
+    sums: Sums,
 ) -> jax.Array:
     """Send each token once to every expert group that it needs, and add what comes back.
 
@@ -83,6 +79,7 @@ def all_to_all_exchange(
     split over it (and gathered at the end); where it belongs to attn_dp and moe_tp, distinct ones
     are first gathered over it (and reduce-scattered at the end).
     """
+    layout = sums.layout
     split = tuple(axis for axis in layout.attn_tp if axis in layout.moe_ep)
     gather = tuple(axis for axis in layout.attn_dp if axis in layout.moe_tp)
     tokens, parts = x.shape[0], layout.size(split)
@@ -98,14 +95,13 @@ def all_to_all_exchange(
         x = lax.all_gather(x, gather, tiled=True)
         packed = lax.all_gather(packed, gather, tiled=True)
 
-    y = _rounds(x, *_unpacked(packed), experts, num_local_experts, layout)
+    y = _rounds(x, *_unpacked(packed), experts, num_local_experts, sums)
 
-    if layout.size(gather) > 1:
-        y = lax.psum_scatter(y, gather, tiled=True)
-    y = _sum(y, tuple(axis for axis in layout.moe_tp if axis not in gather), layout)
+    y = sums.scattered(y, gather)
+    y = sums.whole(y, tuple(axis for axis in layout.moe_tp if axis not in gather))
     if parts > 1:
         y = lax.all_gather(y, split, tiled=True)[:tokens]
-    return y if shared is None else y + _sum(shared, layout.attn_tp, layout)
+    return y if shared is None else y + sums.whole(shared, layout.attn_tp)
 
 
 def _rounds(
@@ -114,10 +110,11 @@ def _rounds(
     weights: jax.Array,
     experts: ExpertFn,
     num_local_experts: int,
-    layout: Layout,
+    sums: Sums,
 ) -> jax.Array:
     """Dispatch, compute and combine over moe_ep, in as many rounds as the fullest queue needs."""
     (tokens, width), k = x.shape, expert_ids.shape[1]
+    layout = sums.layout
     groups, axes = layout.size(layout.moe_ep), layout.moe_ep
     group = jnp.arange(groups)
     destination = jnp.where(expert_ids >= 0, expert_ids // num_local_experts, -1)
@@ -143,10 +140,16 @@ def _rounds(
         back = exchange(
             experts(received.reshape(-1, width), local_ids, w).reshape(groups, capacity, width)
         )
+        if sums.in_order:
+            return y.at[group[:, None], sent].set(back, mode="drop")
         return y.at[sent].add(back, mode="drop")
 
-    y = jnp.zeros_like(x)
+    # In order, each group's part is kept until all rounds are done: a token's parts may come back
+    # in any round, depending on the others.
+    y = jnp.zeros((groups, tokens, width) if sums.in_order else (tokens, width), x.dtype)
     if capacity >= tokens:
-        return one_round(jnp.int32(0), y)
-    longest = lax.pmax(jnp.max(queue) + 1, layout.axis_names)  # every device loops alike
-    return lax.fori_loop(0, -(-longest // capacity), one_round, y)
+        y = one_round(jnp.int32(0), y)
+    else:
+        longest = lax.pmax(jnp.max(queue) + 1, layout.axis_names)  # every device loops alike
+        y = lax.fori_loop(0, -(-longest // capacity), one_round, y)
+    return add_in_order(y) if sums.in_order else y

@@ -24,9 +24,16 @@ from serving.messages import (
     Abort,
     EngineStatus,
     Failed,
+    FirstToken,
+    FlushCache,
+    Flushed,
+    GetPulse,
     GetStatus,
+    PromptScore,
+    Pulse,
     Ready,
     Shutdown,
+    SliceCounters,
     SliceStatus,
     StepOutput,
     Submit,
@@ -69,10 +76,26 @@ def scripted(tokens: Sequence[int], num_prompt: int | None = None) -> NextToken:
     return choose
 
 
+def prompt_scores(prompt: Sequence[int], num_top: int) -> list[PromptScore]:
+    """The scores that a fake engine gives: -i for the token at position i, best first."""
+    return [
+        PromptScore(
+            token, -float(i), [((token + k) % VOCAB_SIZE, -float(i + k)) for k in range(num_top)]
+        )
+        for i, token in enumerate(prompt)
+        if i
+    ]
+
+
 class FakeEngine:
     """The engine's side of one connection.
 
     `delay_s` is the time of a step; `seen` and `aborted` record what the front asked for.
+    Requests go to the slice that they name, else to slice 0 and 1 in turn; a prompt counts as
+    cached, but for its last token, when the same tokens ran before under the same cache key.
+    `error_at` fails a request after so many tokens, with `error_status` and `error_message`.
+    `busy_s` is what a pulse tells, None to leave the question unanswered; `mute` leaves every
+    question unanswered.
     """
 
     def __init__(
@@ -84,7 +107,12 @@ class FakeEngine:
         failure: str | None = None,
         die_after_steps: int | None = None,
         error_at: int | None = None,
+        error_status: int = 500,
+        error_message: str | None = "The fake engine has had it.",
         hold: bool = False,
+        busy_s: float | None = 0.0,
+        mute: bool = False,
+        details: dict[str, Any] | None = None,
     ) -> None:
         self.next_token = next_token
         self.delay_s = delay_s
@@ -92,10 +120,18 @@ class FakeEngine:
         self.failure = failure
         self.die_after_steps = die_after_steps
         self.error_at = error_at
+        self.error_status = error_status
+        self.error_message = error_message
         self.hold = hold
+        self.busy_s = busy_s
+        self.mute = mute
+        self.details = details or {"device": "fake"}
         self.seen: list[Request] = []
         self.aborted: list[str] = []
         self.running: dict[str, tuple[Request, list[int]]] = {}
+        self.slice_of: dict[str, int] = {}
+        self.counters: list[dict[str, int]] = [{}, {}]
+        self.cache: set[tuple[str, tuple[int, ...]]] = set()
         self.steps = 0
         self.shut_down = False
         self._wake = asyncio.Event()
@@ -108,7 +144,7 @@ class FakeEngine:
             max_total_tokens=4096,
             num_slices=2,
             topology="mesh dp2 ep1 tp1 on 2 fake devices",
-            details={"device": "fake"},
+            details=self.details,
         )
 
     async def serve(self, path: str) -> None:
@@ -148,25 +184,67 @@ class FakeEngine:
             case Submit(request=request):
                 self.seen.append(request)
                 self.running[request.rid] = (request, list(request.prompt))
+                rank = request.dp_rank
+                self.slice_of[request.rid] = (len(self.seen) - 1) % 2 if rank is None else rank
                 self._wake.set()
             case Abort(rid=rid):
                 self.aborted.append(rid)
-                self.running.pop(rid, None)
-            case GetStatus(token=token):
-                used = sum(len(context) for _, context in self.running.values())
-                slices = [
-                    SliceStatus(
-                        dp_rank=i, running=len(self.running), used_tokens=used, total_tokens=4096
-                    )
-                    for i in range(2)
-                ]
-                self._send(
-                    EngineStatus(
-                        token=token, waiting=0, steps=self.steps, recompilations=0, slices=slices
-                    )
-                )
+                if self.running.pop(rid, None) is not None:
+                    self._count(rid, aborted=1)
+            case GetStatus() | GetPulse() | FlushCache() if not self.mute:
+                self._answer(message)
             case Shutdown():
                 self.shut_down = True
+
+    def _answer(self, question: Any) -> None:
+        token = question.token
+        match question:
+            case GetStatus():
+                self._send(self.status(token))
+            case GetPulse():
+                if self.busy_s is not None:
+                    self._send(Pulse(token, self.busy_s))
+            case FlushCache():
+                done = not self.running
+                if done:
+                    self.cache.clear()
+                self._send(Flushed(token, done))
+
+    def status(self, token: int = 0) -> EngineStatus:
+        """What the engine says of itself; held requests wait in the central queue."""
+        return EngineStatus(
+            token=token,
+            waiting=len(self.running) if self.hold else 0,
+            waiting_tokens=sum(len(c) for _, c in self.running.values()) if self.hold else 0,
+            steps=self.steps,
+            recompilations=0,
+            slices=[self._slice_status(i) for i in range(2)],
+            step_seconds={"decode": 1.5, "extend": 0.5},
+            prefilling_slices=[3, 1, 0],
+            prefilling_seconds=[1.5, 0.5, 0.0],
+        )
+
+    def _slice_status(self, rank: int) -> SliceStatus:
+        mine = [context for rid, (_, context) in self.running.items() if self.slice_of[rid] == rank]
+        used = 0 if self.hold else sum(map(len, mine))
+        return SliceStatus(
+            dp_rank=rank,
+            mode="idle",
+            running=0 if self.hold else len(mine),
+            waiting=0,
+            used_tokens=used,
+            cached_tokens=64,
+            total_tokens=4096,
+            pending_prefill_tokens=0,
+            decode_context_tokens=used,
+            max_running=16,
+            counters=SliceCounters(**self.counters[rank]),
+        )
+
+    def _count(self, rid: str, **changes: int) -> None:
+        counters = self.counters[self.slice_of[rid]]
+        for name, change in changes.items():
+            counters[name] = counters.get(name, 0) + change
 
     async def _run(self) -> None:
         while True:
@@ -189,19 +267,40 @@ class FakeEngine:
 
     def _step(self, request: Request, context: list[int]) -> TokenEvent:
         sampling = request.sampling
-        if self.error_at is not None and len(context) - len(request.prompt) >= self.error_at:
-            return TokenEvent(request.rid, None, "error", message="The fake engine has had it.")
+        num_generated = len(context) - len(request.prompt)
+        if self.error_at is not None and num_generated >= self.error_at:
+            return TokenEvent(
+                request.rid, None, "error", message=self.error_message, status=self.error_status
+            )
+        first = self._first(request) if num_generated == 0 else None
         token = self.next_token(context)
         context.append(token)
+        self._count(request.rid, generated_tokens=1)
         reason = None
         if token in sampling.stop_token_ids:
             reason = "stop"
-        elif len(context) - len(request.prompt) >= sampling.max_tokens:
+        elif num_generated + 1 >= sampling.max_tokens:
             reason = "length"
-        if sampling.logprobs is None:
-            return TokenEvent(request.rid, token, reason)
-        top = [((token + i) % VOCAB_SIZE, -0.5 - i) for i in range(sampling.logprobs)]
-        return TokenEvent(request.rid, token, reason, -0.5, top)
+        if reason is not None:
+            self._count(request.rid, finished=1)
+        logprob, top = None, None
+        if sampling.logprobs is not None:
+            logprob = -0.5
+            top = [((token + i) % VOCAB_SIZE, -0.5 - i) for i in range(sampling.logprobs)]
+        return TokenEvent(request.rid, token, reason, logprob, top, first=first)
+
+    def _first(self, request: Request) -> FirstToken:
+        key = (request.cache_key, request.prompt)
+        scored = request.prompt_logprobs
+        cached = len(request.prompt) - 1 if key in self.cache and scored is None else 0
+        self.cache.add(key)
+        self._count(request.rid, started=1, prompt_tokens=len(request.prompt), cached_tokens=cached)
+        return FirstToken(
+            dp_rank=self.slice_of[request.rid],
+            cached_tokens=cached,
+            queue_s=0.25,
+            prompt_scores=None if scored is None else prompt_scores(request.prompt, scored),
+        )
 
 
 @contextlib.asynccontextmanager

@@ -45,6 +45,7 @@ class MeshModel:
         chunks: int = 3,
         keep_fp8: bool = True,
         kv_dtype: str = "float32",
+        deterministic: bool = False,
     ) -> None:
         source = open_source(folder, keep_fp8=keep_fp8)
         self.config = source.config
@@ -57,7 +58,7 @@ class MeshModel:
         pool, pool_spec = self.spec.pool_shape(NUM_PAGES, PAGE_SIZE), self.spec.pool_spec
         self.sharding = by_slice(self.mesh, self.layout)
         self.kv = jax.device_put(jnp.zeros(pool, kv_dtype), NamedSharding(self.mesh, pool_spec))
-        comm = MeshComm(self.layout, exchange)
+        comm = MeshComm(self.layout, exchange, deterministic=deterministic)
 
         def forward(weights, kv, batch):
             one = jax.tree.map(lambda a: a[0], batch)

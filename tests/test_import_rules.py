@@ -48,6 +48,7 @@ RULES = {
     "serving.request": Rule(only=()),
     "serving.config": Rule(only=("numpy", *PURE_SERVING)),
     "serving.messages": Rule(only=("numpy", "msgspec", *PURE_SERVING)),
+    "serving.grammar": Rule(only=("numpy", "llguidance", "serving.tokenizer", *PURE_SERVING)),
     "serving.scheduler": Rule(only=("numpy", *PURE_SERVING)),
     "serving.engine": Rule(never=("starlette", "uvicorn", "serving.http")),
     "serving.http": Rule(never=(*JAX, "model", "sharding")),
@@ -168,8 +169,10 @@ def test_the_model_never_speaks_of_the_mesh():
         ("sharding.layout", "import numpy"),
         ("serving.scheduler.rank", "import jax.numpy as jnp"),
         ("serving.scheduler.rank", "import msgspec"),
+        ("serving.scheduler.rank", "from serving.grammar import GrammarSet"),
         ("serving.scheduler.rank", "from router.registry import WorkerRegistry"),
         ("serving.scheduler.rank", "from ..engine import runner"),
+        ("serving.grammar", "import jax"),
         ("serving.request", "import numpy"),
         ("serving.messages", "from serving.engine import engine"),
         ("serving.engine.engine", "from starlette.requests import Request"),
@@ -226,7 +229,7 @@ def without_jax() -> list[str]:
         "serving.messages",
         "sharding.layout",
     ]
-    optional = ("serving.http.app", "serving.tokenizer", "serving.engine_client")
+    optional = ("serving.http.app", "serving.tokenizer", "serving.engine_client", "serving.grammar")
     return modules + [name for name in optional if is_module(name)]
 
 

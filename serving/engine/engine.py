@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import jax
 from jax import monitoring
@@ -15,21 +15,27 @@ from jax import monitoring
 from serving.config import ConfigError, ServerConfig
 from serving.engine.buckets import Buckets
 from serving.engine.runner import LaunchedStep, ModelRunner
+from serving.grammar import GrammarSet, make_grammar_set
 from serving.request import Request
 from serving.scheduler.phases import PhasePolicy
 from serving.scheduler.plan import StepPlan
-from serving.scheduler.scheduler import Scheduler, SchedulerConfig, SliceLoad, TokenOutcome
+from serving.scheduler.scheduler import (
+    QueueFull,
+    Scheduler,
+    SchedulerConfig,
+    SliceLoad,
+    TokenOutcome,
+)
 from sharding.layout import Layout, LayoutError, make_layout
 from sharding.sources import open_source
-
-if TYPE_CHECKING:
-    from serving.grammar import GrammarSet
 
 log = logging.getLogger("meshserve.engine")
 
 EMULATED_DEVICES = 8
 """Devices of `all_devices` on a machine without an accelerator."""
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+GRAMMAR_POLL_S = 0.001
+"""How long to wait for a grammar to be read where there is nothing else to do."""
 
 
 class Runner(Protocol):
@@ -42,10 +48,21 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestFailure:
-    """A request that ended because it cannot go on; one sentence for the user."""
+    """A request that ended because it cannot go on.
+
+    Attributes:
+        message: one sentence for the user.
+        status: the HTTP status that tells whose fault it is.
+    """
 
     rid: str
     message: str
+    status: int = 400
+
+    @classmethod
+    def of(cls, rid: str, error: ValueError) -> RequestFailure:
+        """The failure of a request that `Engine.add` refused."""
+        return cls(rid=rid, message=str(error), status=503 if isinstance(error, QueueFull) else 400)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,10 +107,11 @@ class Engine:
         )
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
+        self._preparing: dict[str, Request] = {}  # their grammars are being read
         self._last_end = 0.0
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request; one with a grammar is queued once the grammar is read.
 
         Raises:
             ValueError: with the sentence for the user; `RequestTooLong` and `QueueFull` are such.
@@ -104,29 +122,29 @@ class Engine:
             return
         if self.grammars is None:
             raise ValueError("This server does not constrain answers (--grammar-backend none).")
-        self.scheduler.add(request)
-        try:
-            self.grammars.start(request.rid, grammar)
-        except ValueError:
-            self.scheduler.abort(request.rid)
-            raise
+        self.grammars.start(request.rid, grammar)
+        self._preparing[request.rid] = request
 
     def abort(self, rid: str) -> bool:
         """Forget a request; whether it was there."""
         if self.grammars is not None:
             self.grammars.drop(rid)
-        return self.scheduler.abort(rid)
+        return self._preparing.pop(rid, None) is not None or self.scheduler.abort(rid)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self._in_flight or self._preparing)
 
     def step(self) -> list[TokenOutcome | RequestFailure]:
         """Launch the next step and take in what is finished; the new tokens, if there are any."""
+        outcomes = self._add_prepared() if self._preparing else []
         plan = self.scheduler.plan()
-        outcomes: list[TokenOutcome | RequestFailure] = []
         if plan is None:
-            return self._collect() if self._in_flight else outcomes
+            if self._in_flight:
+                outcomes += self._collect()
+            elif self._preparing:
+                time.sleep(GRAMMAR_POLL_S)
+            return outcomes
         started = self._clock()
         launched = self.runner.launch(plan)
         constrained = self._constrained_rows(plan)
@@ -145,6 +163,21 @@ class Engine:
     def status(self) -> Sequence[SliceLoad]:
         """The load of every slice."""
         return self.scheduler.status()
+
+    def _add_prepared(self) -> list[TokenOutcome | RequestFailure]:
+        """Queue the requests whose grammars are read by now."""
+        assert self.grammars is not None
+        failures: list[TokenOutcome | RequestFailure] = []
+        for rid, request in list(self._preparing.items()):
+            if not self.grammars.is_ready(rid):
+                continue
+            del self._preparing[rid]
+            try:
+                self.scheduler.add(request)
+            except ValueError as error:
+                self.grammars.drop(rid)
+                failures.append(RequestFailure.of(rid, error))
+        return failures
 
     def _collect(self) -> list[TokenOutcome | RequestFailure]:
         """Wait for the oldest step and take in its tokens."""
@@ -172,10 +205,11 @@ class Engine:
             return outcome
         try:
             self.grammars.advance(rid, outcome.token_id)
+            finished = self.grammars.is_finished(rid)
         except ValueError as error:
             self.abort(rid)
-            return RequestFailure(rid=rid, message=str(error))
-        if not self.grammars.is_finished(rid):
+            return RequestFailure.of(rid, error)
+        if not finished:
             return outcome
         # Nothing may follow but an end token, and there may be none that the client wants.
         self.grammars.drop(rid)
@@ -207,7 +241,7 @@ class Engine:
                 self.grammars.fill(rid, masks[dp_rank, launched.mask_row(dp_rank, index)])
             except ValueError as error:
                 self.abort(rid)
-                failures.append(RequestFailure(rid=rid, message=str(error)))
+                failures.append(RequestFailure.of(rid, error))
         launched.sample(masks)
         return failures
 
@@ -286,9 +320,10 @@ def make_engine(config: ServerConfig) -> Engine:
             model.model_type,
             model.num_kv_heads,
         )
+    grammars = make_grammar_set(config, model.vocab_size)
     runner = ModelRunner(config, source, layout)
     scheduler = Scheduler(scheduler_config(config, runner))
-    return Engine(runner, scheduler, overlap=not config.disable_overlap_schedule)
+    return Engine(runner, scheduler, grammars, overlap=not config.disable_overlap_schedule)
 
 
 def scheduler_config(config: ServerConfig, runner: ModelRunner) -> SchedulerConfig:

@@ -37,7 +37,7 @@ from serving.messages import (
     TokenEvent,
 )
 from serving.request import Request
-from serving.scheduler.scheduler import QueueFull, SliceLoad, TokenOutcome
+from serving.scheduler.scheduler import SliceLoad, TokenOutcome
 
 log = logging.getLogger("meshserve.engine")
 
@@ -111,9 +111,8 @@ class EngineLoop:
         try:
             self.engine.add(request)
         except ValueError as error:
-            status = 503 if isinstance(error, QueueFull) else 400
-            event = TokenEvent(request.rid, None, "error", message=str(error), status=status)
-            self.connection.send(StepOutput([event]))
+            failure = RequestFailure.of(request.rid, error)
+            self.connection.send(StepOutput([_event(failure)]))
 
     def _status(self, token: int) -> EngineStatus:
         scheduler, totals = self.engine.scheduler, self.engine.totals
@@ -185,7 +184,9 @@ def _slice_status(load: SliceLoad, slots: int) -> SliceStatus:
 
 def _event(outcome: TokenOutcome | RequestFailure) -> TokenEvent:
     if isinstance(outcome, RequestFailure):
-        return TokenEvent(outcome.rid, None, "error", message=outcome.message)
+        return TokenEvent(
+            outcome.rid, None, "error", message=outcome.message, status=outcome.status
+        )
     top, first = outcome.top_logprobs, None
     if outcome.first is not None:
         scores = outcome.first.scores

@@ -71,7 +71,7 @@ class ProgramFactory:
         mesh: Mesh,
         buckets: Buckets,
         *,
-        exchange: str,
+        comm: MeshComm,
         page_size: int,
         kv_dtype: Any,
     ) -> None:
@@ -80,7 +80,7 @@ class ProgramFactory:
         self.vocab = spec.config.vocab_size
         self.mask_words = -(-self.vocab // 32)
         self.most_sampled = buckets.sampled_rows[0]
-        self._comm = MeshComm(spec.layout, exchange)
+        self._comm = comm
         self._by_slice = PartitionSpec(spec.layout.attn_dp)
         self._num_slices = spec.layout.num_slices
 

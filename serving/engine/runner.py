@@ -28,6 +28,7 @@ from serving.engine.outputs import no_tokens, read_scores, read_tokens
 from serving.engine.programs import SCORE_ROWS, ForwardProgram, ProgramFactory
 from serving.engine.sampling_state import SamplingState, no_piece, pieces
 from serving.scheduler.plan import PrefillChunk, StepPlan, StepResult
+from sharding.comm import MeshComm
 from sharding.layout import Layout
 from sharding.mesh import by_slice, make_mesh
 from sharding.sources import WeightSource
@@ -185,7 +186,11 @@ class ModelRunner:
             self.spec,
             self.mesh,
             self.buckets,
-            exchange=config.moe_a2a_backend,
+            comm=MeshComm(
+                layout,
+                config.moe_a2a_backend,
+                deterministic=config.enable_deterministic_inference,
+            ),
             page_size=self.page_size,
             kv_dtype=self.kv_dtype,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
@@ -10,13 +9,18 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from serving.http.chat import create_chat_completion
 from serving.http.completions import create_completion
+from serving.http.control import abort_request, flush_cache, health, health_generate
+from serving.http.engine_metrics import metrics
 from serving.http.errors import EXCEPTION_HANDLERS, json_response
+from serving.http.loads import get_load, loads, memory_usage
+from serving.http.metrics import CountRequests
 from serving.http.state import WEIGHT_VERSION, ServerState
 
 Handler = Callable[[ServerState, Request], Awaitable[Response]]
@@ -25,21 +29,17 @@ Handler = Callable[[ServerState, Request], Awaitable[Response]]
 def make_app(state: ServerState) -> Starlette:
     """The ASGI application over one engine."""
 
-    def route(method: str, path: str, handler: Handler) -> Route:
-        return Route(path, partial(handler, state), methods=[method])
-
-    return Starlette(
-        routes=[
-            route("POST", "/v1/completions", create_completion),
-            route("POST", "/v1/chat/completions", create_chat_completion),
-            route("GET", "/v1/models", list_models),
-            route("GET", "/v1/models/{model:path}", show_model),
-            route("GET", "/health", health),
-            route("GET", "/get_model_info", model_info),
-            route("GET", "/get_server_info", server_info),
-        ],
-        exception_handlers=EXCEPTION_HANDLERS,
+    routes = [
+        Route(path, partial(handler, state), methods=methods.split())
+        for methods, path, handler in ROUTES
+    ]
+    counting = Middleware(
+        CountRequests,
+        metrics=state.metrics,
+        paths=frozenset(path for _, path, _ in ROUTES),
+        quiet=QUIET_PATHS,
     )
+    return Starlette(routes=routes, middleware=[counting], exception_handlers=EXCEPTION_HANDLERS)
 
 
 async def list_models(state: ServerState, request: Request) -> Response:
@@ -59,14 +59,6 @@ async def show_model(state: ServerState, request: Request) -> Response:
     return json_response({"error": error}, 404)
 
 
-async def health(state: ServerState, request: Request) -> Response:
-    """200 while the engine process lives and the server is not stopping, else 503."""
-    if state.healthy:
-        return json_response({"status": "ok"})
-    reason = state.engine.failure or "The server is shutting down."
-    return json_response({"status": "unhealthy", "message": reason}, 503)
-
-
 async def model_info(state: ServerState, request: Request) -> Response:
     config = state.config
     return json_response(
@@ -83,23 +75,32 @@ async def model_info(state: ServerState, request: Request) -> Response:
 async def server_info(state: ServerState, request: Request) -> Response:
     """The flags, what the engine said of itself when it was ready, and its load now."""
     ready = state.engine.ready
-    status = await state.engine.status()
+    status = await state.loads.sample()
     return json_response(
         {
             **asdict(state.config),
             # What the flags became: without layout flags they follow the devices.
             **ready.details.get("resolved", {}),
-            "version": _version(),
+            "version": state.version,
             "status": "ready" if state.healthy else "stopping",
             "topology": ready.topology,
             "max_total_num_tokens": ready.max_total_tokens,
+            "max_req_input_len": ready.max_context_tokens - 1,
             "max_context_tokens": ready.max_context_tokens,
             "num_slices": ready.num_slices,
             "engine": ready.details,
             "waiting": status.waiting,
             "steps": status.steps,
             "recompilations": status.recompilations,
-            "internal_states": [msgspec.to_builtins(part) for part in status.slices],
+            "internal_states": [
+                {
+                    **msgspec.to_builtins(part),
+                    "last_gen_throughput": state.loads.rates(part.dp_rank).generated_per_s,
+                    "memory_usage": memory_usage(state, part),
+                    "effective_max_running_requests_per_dp": part.max_running,
+                }
+                for part in status.slices
+            ],
         }
     )
 
@@ -117,9 +118,25 @@ def _model_card(state: ServerState) -> dict[str, Any]:
     }
 
 
-def _version() -> str:
-    """Of the installed distribution; a checkout that runs uninstalled has none."""
-    try:
-        return importlib.metadata.version("meshserve")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    ("POST", "/v1/completions", create_completion),
+    ("POST", "/v1/chat/completions", create_chat_completion),
+    ("GET", "/v1/models", list_models),
+    ("GET", "/v1/models/{model:path}", show_model),
+    ("GET", "/health", health),
+    ("GET", "/health_generate", health_generate),
+    ("GET", "/metrics", metrics),
+    ("GET", "/v1/loads", loads),
+    ("GET", "/get_loads", loads),
+    ("GET", "/get_load", get_load),
+    ("GET", "/get_model_info", model_info),
+    ("GET", "/model_info", model_info),
+    ("GET", "/get_server_info", server_info),
+    ("GET", "/server_info", server_info),
+    ("GET POST", "/flush_cache", flush_cache),
+    ("POST", "/abort_request", abort_request),
+)
+"""(methods, path, handler) of every route."""
+
+QUIET_PATHS = frozenset({"/health", "/health_generate", "/metrics"})
+"""Asked by machines every few seconds, and left out of the counts of requests."""

@@ -1,16 +1,18 @@
-"""POST /v1/chat/completions: a conversation through the model's template, and its next message."""
+"""POST /v1/chat/completions: a conversation through the model's template, and its next messages."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.http.calls import Call, Job, make_call
+from serving.http.constraints import checked_constraint
 from serving.http.errors import ApiError, json_response
-from serving.http.generation import AnswerToken, Call, Job, complete, generation
+from serving.http.generation import AnswerToken, Tally, complete, generation
 from serving.http.protocol import (
     ChatBody,
     ChatChoice,
@@ -30,8 +32,9 @@ from serving.http.sampling import (
     check_max_tokens,
     check_prompt,
     check_ranges,
+    num_samples,
+    samples,
     sampling_params,
-    stop_strings,
 )
 from serving.http.sse import Events, stream, unless_disconnected
 from serving.http.state import WEIGHT_VERSION, ServerState
@@ -44,16 +47,17 @@ ROLES_NOT_SERVED_YET = ("tool", "function")
 
 async def create_chat_completion(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
+    began = state.timer()
     body = await read_body(request, ChatBody)
     # Tokenising a long text takes seconds: other streams must not wait for it.
-    call = await asyncio.to_thread(to_call, state, body, request.headers.get("x-request-id"))
+    call = await asyncio.to_thread(to_call, state, body, request.headers, began)
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _chat_completion(state, call))
     return json_response(answer)
 
 
-def to_call(state: ServerState, body: ChatBody, request_id: str | None) -> Call:
+def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], began: float) -> Call:
     """The checked form of a body.
 
     Raises:
@@ -63,7 +67,6 @@ def to_call(state: ServerState, body: ChatBody, request_id: str | None) -> Call:
     check_ranges(body)
     refuse_not_served(body)
     logprobs = _num_logprobs(body)
-    stops = stop_strings(body)
     try:
         prompt = state.tokenizer.encode_chat(to_messages(body), body.chat_template_kwargs)
     except ChatTemplateError as error:
@@ -83,17 +86,19 @@ def to_call(state: ServerState, body: ChatBody, request_id: str | None) -> Call:
         max_tokens=max_tokens,
         logprobs=logprobs,
         seeds=state.seeds,
+        grammar=checked_constraint(body, state.grammars),
     )
-    return Call(
+    return make_call(
+        state,
+        body,
+        headers,
+        began=began,
         id_prefix="chatcmpl",
-        rid=body.rid,
-        request_id=request_id,
-        model=body.model or state.config.model_name,
-        jobs=(Job(prompt=tuple(prompt), sampling=sampling),),
-        stops=stops,
-        stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        jobs=[
+            Job(prompt=tuple(prompt), sampling=sample)
+            for sample in samples(sampling, num_samples(body))
+        ],
+        logprobs=logprobs,
     )
 
 
@@ -151,7 +156,7 @@ def _num_logprobs(body: ChatBody) -> int | None:
 
 async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:
     async with generation(state, call) as (answer_id, deltas):
-        answers, num_tokens = await complete(deltas, len(call.jobs))
+        answers, usage = await complete(deltas, call)
     return ChatCompletion(
         id=answer_id,
         created=int(state.clock()),
@@ -166,22 +171,28 @@ async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:
             )
             for i, answer in enumerate(answers)
         ],
-        usage=call.usage(num_tokens),
+        usage=usage,
         metadata={"weight_version": WEIGHT_VERSION},
     )
 
 
 async def _chunks(state: ServerState, call: Call) -> Events:
-    num_tokens = 0
+    tally = Tally(call)
     created = int(state.clock())
     async with generation(state, call) as (answer_id, deltas):
 
         def chunk(choice: ChatChunkChoice) -> ChatChunk:
-            return ChatChunk(id=answer_id, created=created, model=call.model, choices=[choice])
+            return ChatChunk(
+                id=answer_id,
+                created=created,
+                model=call.model,
+                choices=[choice],
+                usage=tally.of(choice.index),
+            )
 
         begun: set[int] = set()
         async for delta in deltas:
-            num_tokens += len(delta.tokens)
+            tally.add(delta)
             if delta.index not in begun:
                 begun.add(delta.index)
                 opening = ChatDelta(role="assistant", content="")
@@ -206,14 +217,14 @@ async def _chunks(state: ServerState, call: Call) -> Events:
             created=created,
             model=call.model,
             choices=[],
-            usage=call.usage(num_tokens),
+            usage=tally.total(),
         )
 
 
 def _logprobs(
     tokenizer: Tokenizer, call: Call, tokens: Sequence[AnswerToken]
 ) -> ChatLogprobs | None:
-    if call.jobs[0].sampling.logprobs is None:
+    if call.logprobs is None:
         return None
     content = []
     for token in tokens:

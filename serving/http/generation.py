@@ -1,8 +1,8 @@
 """From token events to text: what every generating route does between the engine and its bodies.
 
-A `Call` is a validated HTTP request: one or more prompts with their parameters. `generation` runs
-it and yields `Delta`s, the final text of each answer in pieces, with the tokens behind it.
-Whatever ends it early (client, error, cancellation), the engine is told to forget its requests.
+`generation` runs a `Call` and yields `Delta`s, the final text of each answer in pieces, with the
+tokens behind it. Whatever ends it early (client, error, cancellation), the engine is told to forget
+its requests.
 """
 
 from __future__ import annotations
@@ -12,61 +12,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
+from serving.http.calls import Call, Job
 from serving.http.errors import ApiError
-from serving.http.protocol import Usage
+from serving.http.metrics import RequestTimer
+from serving.http.protocol import PromptTokensDetails, Usage
 from serving.http.state import ServerState
-from serving.messages import TokenEvent
-from serving.request import Request, SamplingParams
-from serving.tokenizer import StopMatcher
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One prompt of a call."""
-
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One HTTP request that generates, checked.
-
-    Attributes:
-        id_prefix: what fresh answer ids begin with.
-        rid: the id that the body asks for.
-        request_id: the x-request-id header.
-        model: the name to echo.
-        stops: stop strings, the same for every prompt.
-        include_usage: end a stream with a usage chunk.
-        skip_special_tokens: leave special tokens out of the answer's text.
-    """
-
-    id_prefix: str
-    rid: str | None
-    request_id: str | None
-    model: str
-    jobs: tuple[Job, ...]
-    stops: tuple[str, ...]
-    stream: bool
-    include_usage: bool
-    skip_special_tokens: bool
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(job.prompt) for job in self.jobs)
-
-    def usage(self, num_completion_tokens: int) -> Usage:
-        return Usage(
-            prompt_tokens=self.num_prompt_tokens,
-            completion_tokens=num_completion_tokens,
-            total_tokens=self.num_prompt_tokens + num_completion_tokens,
-        )
+from serving.messages import FirstToken, TokenEvent
+from serving.request import Request
+from serving.tokenizer import StopMatcher, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerToken:
-    """A generated token and where its text begins, in characters of the answer."""
+    """A generated token and where its text begins, in characters of the answer.
+
+    An echoed prompt is the beginning of the answer.
+    """
 
     event: TokenEvent
     text_offset: int
@@ -78,6 +39,7 @@ class Delta:
 
     `tokens` are those generated since the last delta: their text may be held back (half a
     character, the beginning of a stop string), the stop token and stop strings are among them.
+    `first` comes with the first delta of an answer, unless it was aborted before it had a token.
     """
 
     index: int
@@ -85,6 +47,7 @@ class Delta:
     tokens: tuple[AnswerToken, ...]
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    first: FirstToken | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,6 +58,7 @@ class Answer:
     tokens: list[AnswerToken] = field(default_factory=list)
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    first: FirstToken | None = None
 
     @property
     def text(self) -> str:
@@ -105,83 +69,175 @@ class Answer:
         self.tokens.extend(delta.tokens)
         self.finish_reason = delta.finish_reason
         self.matched_stop = delta.matched_stop
+        self.first = self.first or delta.first
+
+
+class Tally:
+    """Counts the tokens of a call while its deltas pass.
+
+    A prompt counts once, however many answers it gets. Its cached tokens are those of its first
+    answer: the others find in the cache what that one has just computed.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._completion = [0] * len(call.jobs)
+        self._cached = [0] * len(call.jobs)
+
+    def add(self, delta: Delta) -> None:
+        self._completion[delta.index] += len(delta.tokens)
+        if delta.first is not None:
+            self._cached[delta.index] = delta.first.cached_tokens
+
+    def total(self) -> Usage:
+        """Of the whole call so far."""
+        once = slice(None, None, self._call.num_samples)
+        return _usage(
+            sum(len(job.prompt) for job in self._call.jobs[once]),
+            sum(self._completion),
+            sum(self._cached[once]),
+        )
+
+    def of(self, index: int) -> Usage | None:
+        """Of one answer so far, where every chunk tells it."""
+        if not self._call.continuous_usage:
+            return None
+        num_prompt = len(self._call.jobs[index].prompt)
+        return _usage(num_prompt, self._completion[index], self._cached[index])
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+    )
 
 
 @asynccontextmanager
 async def generation(
     state: ServerState, call: Call
 ) -> AsyncIterator[tuple[str, AsyncGenerator[Delta, None]]]:
-    """Run a call: its answer id and its deltas, those of several prompts interleaved.
+    """Run a call: its answer id and its deltas, those of several answers interleaved.
 
     Raises:
         ApiError: the id is taken; or, from the deltas, a request failed in the engine.
         EngineFailed: the engine is gone.
     """
     with state.claim(call.id_prefix, call.rid, call.request_id) as (answer_id, engine_rid):
-        requests = [
-            Request(rid=f"{engine_rid}.{i}", prompt=job.prompt, sampling=job.sampling)
+        answers = [
+            _deltas(state, i, job, _request(f"{engine_rid}.{i}", job, call), call)
             for i, job in enumerate(call.jobs)
         ]
-        answers = [_deltas(state, i, request, call) for i, request in enumerate(requests)]
         async with aclosing(answers[0] if len(answers) == 1 else _merge(answers)) as deltas:
             yield answer_id, deltas
 
 
-async def complete(
-    deltas: AsyncGenerator[Delta, None], num_answers: int
-) -> tuple[list[Answer], int]:
+def _request(rid: str, job: Job, call: Call) -> Request:
+    return Request(
+        rid=rid,
+        prompt=job.prompt,
+        sampling=job.sampling,
+        priority=call.routing.priority,
+        dp_rank=call.routing.dp_rank,
+        cache_key=call.routing.cache_key,
+        prompt_logprobs=None if job.echo is None else call.logprobs,
+    )
+
+
+async def complete(deltas: AsyncGenerator[Delta, None], call: Call) -> tuple[list[Answer], Usage]:
     """All answers, whole, and how many tokens they took."""
-    answers = [Answer() for _ in range(num_answers)]
+    answers = [Answer() for _ in call.jobs]
+    tally = Tally(call)
     async for delta in deltas:
         answers[delta.index].add(delta)
-    return answers, sum(len(answer.tokens) for answer in answers)
+        tally.add(delta)
+    return answers, tally.total()
 
 
 async def _deltas(
-    state: ServerState, index: int, request: Request, call: Call
+    state: ServerState, index: int, job: Job, request: Request, call: Call
 ) -> AsyncGenerator[Delta, None]:
     """The deltas of one request. Leaving before its end aborts it in the engine."""
-    detokenizer = state.tokenizer.detokenizer(skip_special_tokens=call.skip_special_tokens)
-    matcher = StopMatcher(call.stops)
-    num_chars = 0  # decoded so far, whether handed out or held back
+    decoder = _AnswerDecoder(state.tokenizer, job, call)
+    timer = RequestTimer(state.metrics, began=call.began, num_prompt=len(job.prompt))
+    first: FirstToken | None = None  # until a delta takes it along
     tokens: list[AnswerToken] = []
     async with aclosing(state.engine.generate(request)) as events:
         async for event in events:
             if event.finish_reason == "error":
                 raise _engine_error(event)
+            first = event.first or first
             if event.token_id is not None:
-                tokens.append(AnswerToken(event=event, text_offset=num_chars))
-            stopped = event.finish_reason == "stop"
-            new = "" if stopped or event.token_id is None else detokenizer.push(event.token_id)
-            if event.finish_reason is not None:
-                new += detokenizer.flush()
-            num_chars += len(new)
-            text, matched = matcher.push(new)
-            if matched is not None:
+                timer.token(event, state.timer())
+                if not job.score_only:
+                    tokens.append(AnswerToken(event=event, text_offset=decoder.num_chars))
+            text, reason, matched = decoder.push(event)
+            if reason is not None and reason != "abort":
+                timer.end(state.timer())
+            if text or reason is not None:
                 yield Delta(
                     index=index,
                     text=text,
                     tokens=tuple(tokens),
-                    finish_reason="stop",
+                    finish_reason=reason,
                     matched_stop=matched,
-                )
-                return
-            if event.finish_reason is not None:
-                text += matcher.flush()
-            if text or event.finish_reason is not None:
-                yield Delta(
-                    index=index,
-                    text=text,
-                    tokens=tuple(tokens),
-                    finish_reason=event.finish_reason,
-                    matched_stop=event.token_id if stopped else None,
+                    first=first,
                 )
                 tokens.clear()
+                first = None
+            if reason is not None:
+                return
+
+
+class _AnswerDecoder:
+    """Turns the tokens of one answer into text, up to a stop string or the engine's end.
+
+    Attributes:
+        num_chars: characters decoded so far, the echoed prompt's and held back ones included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, job: Job, call: Call) -> None:
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=call.skip_special_tokens)
+        self._matcher = StopMatcher(call.stops)
+        self._keep_stop = call.keep_stop
+        self._stop_ids = job.sampling.stop_token_ids
+        self._score_only = job.score_only
+        self.num_chars = 0 if job.echo is None else len(job.echo.text)
+
+    def push(self, event: TokenEvent) -> tuple[str, str | None, str | int | None]:
+        """The text that is final now, the finish reason, and the stop string or token found."""
+        reason = event.finish_reason
+        if self._score_only:
+            return "", "length" if reason == "stop" else reason, None
+        # An answer may also stop because its grammar is complete: its last token is text then.
+        stopped = reason == "stop" and event.token_id in self._stop_ids
+        new = ""
+        if event.token_id is not None and (self._keep_stop or not stopped):
+            new = self._detokenizer.push(event.token_id)
+        if reason is not None:
+            new += self._detokenizer.flush()
+        self.num_chars += len(new)
+        text, matched = self._matcher.push(new)
+        if matched is not None:
+            return text + matched if self._keep_stop else text, "stop", matched
+        if reason is not None:
+            text += self._matcher.flush()
+        return text, reason, event.token_id if stopped else None
 
 
 def _engine_error(event: TokenEvent) -> ApiError:
-    message = event.message or "The engine could not serve this request."
-    return ApiError(message, status=500, kind="InternalServerError")
+    """The answer to a request that the engine refused or could not go on with."""
+    match event.status:
+        case 503:
+            message = event.message or "The request queue is full."
+            return ApiError(message, status=503, kind="ServiceUnavailableError")
+        case 400:
+            return ApiError(event.message or "The engine refuses this request.")
+        case _:
+            message = event.message or "The engine could not serve this request."
+            return ApiError(message, status=500, kind="InternalServerError")
 
 
 async def _merge(answers: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

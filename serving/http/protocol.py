@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from serving.http.errors import ApiError, ErrorBody
 
-Body = TypeVar("Body", bound="GenerationBody")
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -39,7 +39,6 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     rid: str | None = None
     user: str | None = None
-
     n: int | None = None
     min_p: float | None = None
     min_tokens: int | None = None
@@ -49,6 +48,12 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    routed_dp_rank: int | None = None
+    data_parallel_rank: int | None = None
+
     stop_regex: str | list[str] | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -57,11 +62,6 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     lora_path: Any = None
     session_params: Any = None
     custom_logit_processor: Any = None
-    extra_key: Any = None
-    cache_salt: Any = None
-    priority: int | None = None
-    routed_dp_rank: int | None = None
-    data_parallel_rank: int | None = None
     disagg_prefill_dp_rank: int | None = None
     bootstrap_host: Any = None
     bootstrap_port: Any = None
@@ -77,9 +77,9 @@ class CompletionBody(GenerationBody, kw_only=True):
 
     prompt: str | list[str | int | list[int]] | None = None
     logprobs: int | None = None
-
     echo: bool | None = None
     best_of: int | None = None
+
     suffix: str | None = None
 
 
@@ -115,30 +115,11 @@ class ChatBody(GenerationBody, kw_only=True):
 
 
 NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "no_stop_trim": (False,),
     "stop_regex": ([],),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
-    "response_format": ({"type": "text"},),
     "lora_path": (),
     "session_params": (),
     "custom_logit_processor": (),
-    "extra_key": (),
-    "cache_salt": (),
-    "priority": (0,),
-    "routed_dp_rank": (),
-    "data_parallel_rank": (),
     "disagg_prefill_dp_rank": (),
     "bootstrap_host": (),
     "bootstrap_port": (),
@@ -163,12 +144,6 @@ def refuse_not_served(body: GenerationBody) -> None:
         if value is not None and value not in neutral:
             hint = f" or set it to {msgspec.json.encode(neutral[0]).decode()}" if neutral else ""
             raise ApiError(f"{name} is not supported yet: leave it out{hint}.", param=name)
-    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
-        raise ApiError(
-            "stream_options.continuous_usage_stats is not supported yet: leave it out or set it "
-            "to false.",
-            param="stream_options",
-        )
 
 
 MAX_BODY_BYTES = 16 << 20
@@ -218,11 +193,15 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         raise ApiError(f"The body is not valid JSON: {error}.", kind="Bad Request") from None
 
 
+class PromptTokensDetails(msgspec.Struct, kw_only=True):
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
-    prompt_tokens_details: None = None
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):

@@ -26,6 +26,7 @@ import uvloop
 from serving.config import ServerConfig
 from serving.engine_client import EngineFailed
 from serving.engine_process import ENGINE_COMMAND, EngineProcess
+from serving.grammar import GrammarCompiler
 from serving.http.app import make_app
 from serving.http.sampling import SamplingDefaults
 from serving.http.state import ServerState
@@ -76,6 +77,9 @@ class _Front:
         self._tokenizer = tokenizer
         self._defaults = defaults
         self._listener = listener
+        self._grammars = (
+            None if config.grammar_backend == "none" else GrammarCompiler(lambda: tokenizer)
+        )
         self._stop = asyncio.Event()
         self._signals = 0
 
@@ -115,6 +119,7 @@ class _Front:
             config=config,
             tokenizer=self._tokenizer,
             engine=engine.client,
+            grammars=self._grammars,
             defaults=self._defaults,
             seeds=random.Random(config.random_seed),
             started=time.time(),
@@ -135,6 +140,7 @@ class _Front:
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         stopped = asyncio.create_task(self._stop.wait())
         failed = asyncio.create_task(engine.wait_failed())
+        watching = asyncio.create_task(state.loads.watch())
         try:
             self._announce(engine)
             await asyncio.wait({serving, stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,9 +154,10 @@ class _Front:
             if failed.done() and not stopped.done():
                 raise EngineFailed(failed.result())
         finally:
-            for task in (serving, stopped, failed):
+            tasks = (serving, stopped, failed, watching)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(serving, stopped, failed, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _drain(
         self, server: _Uvicorn, serving: asyncio.Task[None], failed: asyncio.Task[str]

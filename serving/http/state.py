@@ -1,11 +1,12 @@
-"""What the front process owns while it serves: the engine connection, tokenizer, live request ids.
+"""What the front process owns while it serves: engine connection, tokenizer, live ids, metrics.
 
-One `ServerState` belongs to one app. Clock, random numbers and ids are handed in, so that a test
+One `ServerState` belongs to one app. Clocks, random numbers and ids are handed in, so that a test
 can fix them.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import random
 import time
 import uuid
@@ -15,7 +16,10 @@ from dataclasses import dataclass, field
 
 from serving.config import ServerConfig
 from serving.engine_client import EngineClient
+from serving.grammar import GrammarCompiler
 from serving.http.errors import ApiError
+from serving.http.loads import LoadWatch
+from serving.http.metrics import FrontMetrics
 from serving.http.sampling import SamplingDefaults
 from serving.tokenizer import Tokenizer
 
@@ -29,8 +33,10 @@ class ServerState:
     """Everything a handler needs.
 
     Attributes:
+        grammars: checks the grammars of requests; None refuses such requests.
         defaults: sampling parameters of requests that bring none.
         seeds: draws the seed of every request without one.
+        timer: seconds of a clock that does not jump, for durations.
         started: when the server began to serve, by `clock`.
         stopping: the server answers what it has begun and is no longer healthy.
     """
@@ -38,14 +44,30 @@ class ServerState:
     config: ServerConfig
     tokenizer: Tokenizer
     engine: EngineClient
+    grammars: GrammarCompiler | None = None
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     seeds: random.Random = field(default_factory=random.Random)
     clock: Callable[[], float] = time.time
+    timer: Callable[[], float] = time.perf_counter
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     stopping: bool = False
     started: float = 0.0
-    _live: set[str] = field(default_factory=set)
+    metrics: FrontMetrics = field(init=False)
+    loads: LoadWatch = field(init=False)
+    _live: dict[str, str] = field(default_factory=dict)
     _serial: int = 0
+
+    def __post_init__(self) -> None:
+        self.metrics = FrontMetrics(self.config.model_name)
+        self.loads = LoadWatch(self.engine, self.timer)
+
+    @property
+    def version(self) -> str:
+        """Of the installed distribution; a checkout that runs uninstalled has none."""
+        try:
+            return importlib.metadata.version("meshserve")
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
 
     @property
     def healthy(self) -> bool:
@@ -74,8 +96,20 @@ class ServerState:
         else:
             answer_id = f"{prefix}-{self.new_id()}"
         self._serial += 1
-        self._live.add(answer_id)
+        # The serial number stands first, so that no name is the beginning of another.
+        self._live[answer_id] = name = f"{self._serial}#{answer_id}"
         try:
-            yield answer_id, f"{answer_id}#{self._serial}"
+            yield answer_id, name
         finally:
-            self._live.remove(answer_id)
+            del self._live[answer_id]
+
+    def abort(self, answer_id: str) -> None:
+        """End a running answer; nothing happens if there is none of this id."""
+        name = self._live.get(answer_id)
+        if name is not None:
+            self.engine.cancel(f"{name}.")
+
+    def abort_all(self) -> None:
+        """End every running answer."""
+        for name in list(self._live.values()):
+            self.engine.cancel(f"{name}.")

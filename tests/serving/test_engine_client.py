@@ -99,8 +99,66 @@ def test_status():
             await until(lambda: engine.running)
             answers = await asyncio.gather(client.status(), client.status())
             assert [len(a.slices) for a in answers] == [2, 2]
-            assert answers[0].slices[0].used_tokens == 3
+            assert (answers[0].waiting, answers[0].waiting_tokens) == (1, 3)
             task.cancel()
+
+    asyncio.run(main())
+
+
+def test_pulse_and_flush_are_answered_and_silence_is_noticed():
+    async def main():
+        engine = FakeEngine(busy_s=1.5)
+        async with connected(engine) as client:
+            assert client.silence_s == float("inf")
+            assert (await client.pulse()).busy_s == 1.5
+            await tokens_of(client, make_request())
+            assert 0 <= client.silence_s < 5
+            assert engine.cache
+            assert await client.flush_cache() is True
+            assert not engine.cache
+            engine.hold = True
+            task = asyncio.create_task(tokens_of(client, make_request()))
+            await until(lambda: engine.running)
+            assert await client.flush_cache() is False
+            client.cancel("r")
+            await task
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("question", ["status", "pulse", "flush_cache"])
+def test_questions_without_an_answer_end(question):
+    async def main():
+        async with connected(FakeEngine(mute=True)) as client:
+            with pytest.raises(EngineFailed, match=r"did not answer within 0\.05 s"):
+                await getattr(client, question)(timeout_s=0.05)
+            waiting = asyncio.create_task(getattr(client, question)())
+            await asyncio.sleep(0.01)
+            client.fail("Gone.")
+            with pytest.raises(EngineFailed, match="Gone"):
+                await waiting
+
+    asyncio.run(main())
+
+
+def test_cancelled_requests_end_with_abort_and_are_told_to_the_engine_once():
+    async def main():
+        engine = FakeEngine(delay_s=0.002)
+        async with connected(engine) as client:
+
+            async def events_of(rid):
+                async with aclosing(client.generate(make_request(rid, max_tokens=200))) as events:
+                    return [event async for event in events]
+
+            tasks = [asyncio.create_task(events_of(rid)) for rid in ("a.0", "a.1", "b.0")]
+            await until(lambda: len(engine.running) == 3)
+            assert client.cancel("a.") == 2
+            for task in tasks[:2]:
+                last = (await task)[-1]
+                assert (last.token_id, last.finish_reason) == (None, "abort")
+            assert (await tasks[2])[-1].finish_reason == "length"
+            assert sorted(engine.aborted) == ["a.0", "a.1"]
+            assert client.cancel("a.") == 0
 
     asyncio.run(main())
 

@@ -15,6 +15,7 @@ from sharding.comm import EXCHANGES
 from sharding.layout import make_layout
 from sharding.mesh import make_mesh
 from sharding.step import sharded
+from sharding.sums import Sums
 from tests.fixtures import LAYOUTS
 
 EXPERTS, WIDTH, INNER, K = 16, 8, 8, 3
@@ -39,12 +40,13 @@ def routing(kind, slices, tokens):
     return ids.astype(np.int32)
 
 
-def exchanged(layout, exchange, x, ids, weights, shared):
+def exchanged(layout, exchange, x, ids, weights, shared, *, in_order=False):
     w1, w2 = random(1, 1, EXPERTS, WIDTH, 2, INNER), random(2, 1, EXPERTS, INNER, WIDTH)
 
     def fn(x, ids, weights, shared, w1, w2):
         experts = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=jnp.int32(0))
-        y = EXCHANGES[exchange](x[0], ids[0], weights[0], experts, w1.shape[1], shared[0], layout)
+        sums = Sums(layout=layout, in_order=in_order)
+        y = EXCHANGES[exchange](x[0], ids[0], weights[0], experts, w1.shape[1], shared[0], sums)
         return y[None]
 
     rows = PartitionSpec(layout.attn_dp)
@@ -66,7 +68,8 @@ def exchanged(layout, exchange, x, ids, weights, shared):
 @pytest.mark.parametrize("exchange", sorted(EXCHANGES))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["even", "one rank", "mostly padding", "nothing"])
-def test_no_token_is_lost(layout, exchange, kind, monkeypatch):
+@pytest.mark.parametrize("in_order", [False, True])
+def test_no_token_is_lost(layout, exchange, kind, in_order, monkeypatch):
     # Small rounds: the skewed cases need several, and 21 tokens split unevenly.
     monkeypatch.setattr(expert_exchange, "ONE_ROUND_TOKENS", 4)
     layout = make_layout(*layout)
@@ -74,7 +77,7 @@ def test_no_token_is_lost(layout, exchange, kind, monkeypatch):
     ids = routing(kind, slices, tokens)
     x, weights = random(3, slices, tokens, WIDTH), np.abs(random(4, slices, tokens, K))
     shared = random(5, layout.num_devices, tokens, WIDTH)
-    got, want = exchanged(layout, exchange, x, ids, weights, shared)
+    got, want = exchanged(layout, exchange, x, ids, weights, shared, in_order=in_order)
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 

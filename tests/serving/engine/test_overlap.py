@@ -57,8 +57,8 @@ class RecordingRunner:
 class FakeGrammars:
     """Grammars that end an answer after some tokens, or fail."""
 
-    def __init__(self, *, length: int = 99, fails_at: int = 99) -> None:
-        self.length, self.fails_at = length, fails_at
+    def __init__(self, *, length: int = 99, fails_at: int = 99, slow: int = 0) -> None:
+        self.length, self.fails_at, self.slow, self.asked = length, fails_at, slow, 0
         self.tokens: dict[str, list[int]] = {}
 
     def __bool__(self) -> bool:
@@ -82,6 +82,10 @@ class FakeGrammars:
 
     def is_finished(self, rid):
         return len(self.tokens[rid]) == self.length
+
+    def is_ready(self, rid):
+        self.asked += 1
+        return self.asked > self.slow
 
     def drop(self, rid):
         self.tokens.pop(rid, None)
@@ -227,9 +231,24 @@ def test_requests_that_cannot_be_taken_leave_nothing_behind():
     engine.add(make_request("b"))
     with pytest.raises(QueueFull, match="The request queue is full: 1 requests wait already"):
         engine.add(make_request("c"))
+    engine.add(make_request("d", grammar=GRAMMAR))
+    outcomes = engine.step()
+    assert [(f.rid, f.status) for f in outcomes] == [("d", 503)]
+    assert not engine.grammars
     assert set(drain(engine)) == {"b"}
     with pytest.raises(ValueError, match="--grammar-backend none"):
         make_engine(overlap=True).add(make_request("a", grammar=GRAMMAR))
+
+
+def test_others_run_while_a_grammar_is_read():
+    engine = make_engine(overlap=True, grammars=FakeGrammars(slow=4))
+    engine.add(make_request("a", max_tokens=2, grammar=GRAMMAR))
+    engine.add(make_request("b", max_tokens=2))
+    engine.add(make_request("c", max_tokens=2, grammar=GRAMMAR))
+    engine.step()
+    assert engine.abort("c")
+    tokens = drain(engine)
+    assert list(tokens) == ["b", "a"]
 
 
 def test_totals_count_steps_and_their_time():

@@ -61,7 +61,7 @@ def test_text_prompt_gets_its_bos_and_the_default_length():
                 "prompt_tokens": len(prompt),
                 "completion_tokens": 16,
                 "total_tokens": len(prompt) + 16,
-                "prompt_tokens_details": None,
+                "prompt_tokens_details": {"cached_tokens": 0},
             }
 
     run(main)

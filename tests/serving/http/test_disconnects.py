@@ -55,7 +55,7 @@ def test_some_of_many_streams_disconnect_midway():
             await until(lambda: not engine.running)
             assert len(engine.aborted) == 10
             assert state.engine.num_open == 0
-            assert state._live == set()
+            assert state._live == {}
 
     run(main)
 
@@ -76,7 +76,44 @@ def test_hanging_up_while_waiting(stream, prompt):
                 with contextlib.suppress(asyncio.CancelledError):
                     await posting
             await until(lambda: len(engine.aborted) == num)
-            await until(lambda: state._live == set())
+            await until(lambda: state._live == {})
+            assert state.engine.num_open == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("hold", [False, True])
+def test_hanging_up_ends_every_sample(stream, hold):
+    async def main():
+        fake = FakeEngine(hold=hold, delay_s=0.004)
+        async with listening(fake) as (url, state, engine):
+            async with httpx.AsyncClient() as http:
+                body = {"prompt": [[5], [6]], "n": 3, "echo": True, "logprobs": 1}
+                body |= {"max_tokens": 200, "stream": stream}
+                posting = asyncio.create_task(http.post(f"{url}/v1/completions", json=body))
+                await until(lambda: len(engine.running) == 6 and (hold or engine.steps > 3))
+                posting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await posting
+            await until(lambda: len(engine.aborted) == 6)
+            await until(lambda: state._live == {})
+            assert not engine.running
+            assert state.engine.num_open == 0
+
+    run(main)
+
+
+def test_hanging_up_on_a_health_check_ends_its_request():
+    async def main():
+        async with listening(FakeEngine(hold=True)) as (url, state, engine):
+            async with httpx.AsyncClient() as http:
+                asking = asyncio.create_task(http.get(f"{url}/health_generate"))
+                await until(lambda: engine.running)
+                asking.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asking
+            await until(lambda: not engine.running)
             assert state.engine.num_open == 0
 
     run(main)
@@ -116,6 +153,6 @@ def test_hanging_up_in_the_middle_of_a_body():
                 response = await http.post(f"{url}/v1/completions", json={"prompt": [5]})
                 assert response.status_code == 200
             assert len(engine.seen) == 1
-            assert state._live == set()
+            assert state._live == {}
 
     run(main)

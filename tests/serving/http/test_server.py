@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serving.config import parse_args
+
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "tests" / "data" / "deepseek_v3"
 
@@ -241,3 +243,7 @@ def test_wrong_flags_exit_2(flags, sentence):
     assert done.stderr.startswith("serve.py: error: ")
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_flags_for_what_is_always_on_change_nothing():
+    assert parse_args(["--enable-metrics", "--enable-cache-report"]) == parse_args([])

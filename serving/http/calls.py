@@ -1,0 +1,131 @@
+"""A `Call` is one HTTP request that generates, checked: its prompts, parameters, way of answering.
+
+Each prompt is as many `Job`s as answers are wanted of it; every job becomes one request of the
+engine. Answer `prompt * n + sample` is that of `jobs[prompt * n + sample]`, as in the OpenAI API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from serving.http.errors import ApiError
+from serving.http.protocol import GenerationBody
+from serving.http.routing import Routing, routing
+from serving.http.sampling import num_samples, stop_strings
+from serving.http.state import ServerState
+from serving.request import SamplingParams
+
+MAX_ANSWERS = 4096
+"""Prompts times `n`: the most answers of one HTTP request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Echo:
+    """A prompt as text, in front of the answer.
+
+    Attributes:
+        text: the prompt.
+        offsets: where the text of each prompt token begins; empty without log probabilities.
+    """
+
+    text: str
+    offsets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One answer of a call.
+
+    Attributes:
+        echo: the prompt's text, where the answer begins with it.
+        score_only: nothing is generated but log probabilities of the prompt. The engine generates
+            at least one token; it is dropped.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    echo: Echo | None = None
+    score_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One HTTP request that generates, checked.
+
+    Attributes:
+        began: when it arrived, by `ServerState.timer`.
+        id_prefix: what fresh answer ids begin with.
+        rid: the id that the body asks for.
+        request_id: the x-request-id header.
+        model: the name to echo.
+        jobs: the answers wanted, those of one prompt next to each other.
+        num_samples: how many answers each prompt gets.
+        logprobs: how many alternatives to report for each token, None without log probabilities.
+        stops: stop strings, the same for every prompt.
+        keep_stop: the stop string or token that ends an answer is part of its text.
+        include_usage: end a stream with a usage chunk.
+        continuous_usage: every chunk of a stream tells the usage of its answer so far.
+        skip_special_tokens: leave special tokens out of the answer's text.
+    """
+
+    began: float
+    id_prefix: str
+    rid: str | None
+    request_id: str | None
+    model: str
+    jobs: tuple[Job, ...]
+    num_samples: int
+    logprobs: int | None
+    routing: Routing
+    stops: tuple[str, ...]
+    keep_stop: bool
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    skip_special_tokens: bool
+
+
+def make_call(
+    state: ServerState,
+    body: GenerationBody,
+    headers: Mapping[str, str],
+    *,
+    began: float,
+    id_prefix: str,
+    jobs: Sequence[Job],
+    logprobs: int | None,
+) -> Call:
+    """What the generating routes have in common; `jobs` have been checked.
+
+    Raises:
+        ApiError: a stop string or a routing field is out of range.
+    """
+    options = body.stream_options
+    return Call(
+        began=began,
+        id_prefix=id_prefix,
+        rid=body.rid,
+        request_id=headers.get("x-request-id"),
+        model=body.model or state.config.model_name,
+        jobs=tuple(jobs),
+        num_samples=num_samples(body),
+        logprobs=logprobs,
+        routing=routing(body, headers, num_slices=state.engine.ready.num_slices),
+        stops=stop_strings(body),
+        keep_stop=bool(body.no_stop_trim),
+        stream=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+        skip_special_tokens=body.skip_special_tokens is not False,
+    )
+
+
+def check_num_answers(num_prompts: int, num: int) -> None:
+    """Raises ApiError if so many prompts with `num` answers each are too many."""
+    if num_prompts * num > MAX_ANSWERS:
+        raise ApiError(
+            f"{num_prompts} prompts with n = {num} make {num_prompts * num} answers; one request "
+            f"may ask for {MAX_ANSWERS}.",
+            param="n",
+        )

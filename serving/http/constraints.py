@@ -1,0 +1,116 @@
+"""What an answer must look like, from a body's fields: at most one grammar, checked.
+
+`regex`, `ebnf`, `json_schema` and `response_format` are four ways to ask for the same thing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from serving.grammar import GrammarCompiler, GrammarError
+from serving.http.errors import ApiError
+from serving.http.protocol import GenerationBody
+from serving.request import Grammar
+
+ANY_OBJECT = Grammar(kind="json_schema", text='{"type": "object"}')
+FORMATS = ("text", "json_object", "json_schema")
+
+
+def constraint(body: GenerationBody) -> Grammar | None:
+    """The grammar that a body asks for, None for any text.
+
+    Raises:
+        ApiError: a field has the wrong form, or several ask for something.
+    """
+    found = _requested(body)
+    return None if found is None else found[1]
+
+
+def checked_constraint(body: GenerationBody, compiler: GrammarCompiler | None) -> Grammar | None:
+    """As `constraint`, and decoding can begin with the grammar. Takes milliseconds and more.
+
+    Args:
+        compiler: None where the server was started without constrained decoding.
+
+    Raises:
+        ApiError: also where the grammar is wrong or not supported.
+    """
+    found = _requested(body)
+    if found is None:
+        return None
+    field, grammar = found
+    if compiler is None:
+        raise ApiError(
+            f"{field} needs constrained decoding, which this server was started without "
+            "(--grammar-backend none).",
+            param=field,
+        )
+    try:
+        compiler.validate(grammar)
+    except GrammarError as error:
+        raise ApiError(str(error), param=field) from None
+    return grammar
+
+
+def _requested(body: GenerationBody) -> tuple[str, Grammar] | None:
+    """The field that asks for a grammar, and the grammar."""
+    found = []
+    if body.regex is not None:
+        found.append(("regex", Grammar(kind="regex", text=body.regex)))
+    if body.json_schema is not None:
+        found.append(("json_schema", _schema(body.json_schema, "json_schema")))
+    if body.ebnf is not None:
+        found.append(("ebnf", Grammar(kind="ebnf", text=body.ebnf)))
+    if body.response_format is not None:
+        grammar = _response_format(body.response_format)
+        if grammar is not None:
+            found.append(("response_format", grammar))
+    if len(found) > 1:
+        raise ApiError(
+            "Only one of regex, json_schema, or ebnf can be set."
+            if all(field != "response_format" for field, _ in found)
+            else f"{found[0][0]} and response_format cannot be set together.",
+            param=found[-1][0],
+        )
+    return found[0] if found else None
+
+
+def _schema(schema: Any, field: str) -> Grammar:
+    """A JSON schema that came as JSON, or as its text."""
+    if isinstance(schema, str):
+        return Grammar(kind="json_schema", text=schema)
+    if isinstance(schema, dict | bool):
+        return Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode())
+    raise ApiError(
+        f"{field} must be a JSON schema: an object, or its text.", param=field.split(".")[0]
+    )
+
+
+def _response_format(value: Any) -> Grammar | None:
+    """What response_format asks for."""
+    field = "response_format"
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str):
+        raise ApiError("response_format must be an object with a type.", param=field)
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    if kind == "json_schema":
+        inner = value.get("json_schema")
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ApiError("response_format.json_schema must be an object.", param=field)
+        if inner.get("schema") is None:
+            raise ApiError(
+                "schema_ is required for json_schema response format request.", param=field
+            )
+        return _schema(inner["schema"], "response_format.json_schema.schema")
+    raise ApiError(
+        f"response_format.type must be one of {', '.join(FORMATS)}, got '{kind}'"
+        + (": structural tags are not supported." if kind == "structural_tag" else "."),
+        param=field,
+    )
