@@ -154,6 +154,7 @@ def measure(args: argparse.Namespace, num_slices: int) -> dict[str, Any]:
         "batch": args.batch,
         **milliseconds,
         "host": 1e3 * statistics.median(host),
+        "host p10": 1e3 * percentile(host, 10),
         "host mean": 1e3 * statistics.mean(host),
         "host p99": 1e3 * percentile(host, 99),
         "target": TARGETS_MS.get(num_slices) if args.batch == 64 else None,

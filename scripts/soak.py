@@ -467,11 +467,20 @@ def resident_bytes(pid: int) -> int | None:
     return None
 
 
+def role(pid: int) -> str:
+    """What a process of the server does."""
+    with contextlib.suppress(OSError):
+        if b"serving.engine" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return "engine"
+    return f"process {pid}"
+
+
 @dataclass(slots=True, kw_only=True)
 class Memory:
     """Samples of the server's processes: (seconds, bytes) by pid."""
 
     samples: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    roles: dict[int, str] = field(default_factory=dict)
 
     async def watch(self, pid: int, every_s: float = 1.0) -> None:
         """Sample until cancelled."""
@@ -480,6 +489,7 @@ class Memory:
             for process in descendants(pid):
                 size = resident_bytes(process)
                 if size is not None:
+                    self.roles.setdefault(process, "front" if process == pid else role(process))
                     now = time.monotonic() - began
                     self.samples.setdefault(process, []).append((now, size))
             await asyncio.sleep(every_s)
@@ -618,11 +628,11 @@ async def soak(
     growth = memory.growth()
     for process, (_, grown) in growth.items():
         if grown > args.max_growth_mib * 2**20:
-            failures.append(f"process {process} grew by {grown / 2**20:.0f} MiB")
+            failures.append(f"{memory.roles[process]} grew by {grown / 2**20:.0f} MiB")
     return {
         "rows": rows(run.outcomes),
         "memory": {
-            "front" if process == pid else f"process {process}": {
+            memory.roles[process]: {
                 "MiB": memory.samples[process][-1][1] / 2**20,
                 "MiB/min": 60 * slope / 2**20,
                 "grown MiB": grown / 2**20,
