@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 MISS_WEIGHT = 4
 """How much worse it is to compute a token than to wait while another one is computed: waiting
-costs one request time, computing costs everybody the device, and the cache the room."""
+costs one request time, computing costs everybody the device, and the cache the room. Candidates
+that compute in lockstep all pay for one's miss: their weight is as many times larger."""
 REQUEST_CHARGE = 64
 """What a request that runs on a candidate already adds to the cost of another one there."""
 
@@ -41,10 +42,9 @@ class Offer:
     requests: int
     tokens: int
 
-    @property
-    def cost(self) -> int:
+    def cost(self, miss_weight: int) -> int:
         """Expected cost, in prompt tokens."""
-        return MISS_WEIGHT * self.miss + self.wait + REQUEST_CHARGE * self.requests
+        return miss_weight * self.miss + self.wait + REQUEST_CHARGE * self.requests
 
 
 def least_loaded(candidates: Sequence[Load], turn: int = 0) -> int:
@@ -68,7 +68,7 @@ def fewest_requests(candidates: Sequence[Load], turn: int = 0) -> int:
     return _least([(load.requests, load.tokens) for load in candidates], turn)
 
 
-def cheapest(candidates: Sequence[Offer], turn: int = 0) -> int:
+def cheapest(candidates: Sequence[Offer], turn: int = 0, *, miss_weight: int = MISS_WEIGHT) -> int:
     """The index of the candidate with the least expected cost, then the fewest tokens.
 
     A long cached prefix wins as long as the queue behind it is shorter than what it saves: so hot
@@ -78,7 +78,7 @@ def cheapest(candidates: Sequence[Offer], turn: int = 0) -> int:
     Raises:
         ValueError: there is no candidate.
     """
-    return _least([(offer.cost, offer.tokens) for offer in candidates], turn)
+    return _least([(offer.cost(miss_weight), offer.tokens) for offer in candidates], turn)
 
 
 def _least(keys: Sequence[tuple[int, int]], turn: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from router.policies import Load, Offer, cheapest
+from router.policies import MISS_WEIGHT, Load, Offer, cheapest
 from serving.scheduler.radix_cache import Node
 from serving.scheduler.rank import LiveRequest, RankScheduler, StepDraft
 
@@ -35,6 +35,8 @@ class Dispatch:
     ) -> None:
         """Args: choose: among slices that can start a request now; None weighs expected cost."""
         self._ranks, self._drafts, self._choose = ranks, drafts, choose
+        # One slice's prefill makes the step longer for all of them.
+        self._miss_weight = MISS_WEIGHT * len(ranks)
         self._held_tokens = [0] * len(ranks)
         self._held_requests = [0] * len(ranks)
         self._num_weighed = 0
@@ -62,7 +64,7 @@ class Dispatch:
         ahead = {i: self._ranks[i].tokens_ahead(live, node) for i, node in nodes.items()}
         fits = {i: self._ranks[i].fits(live, node) for i, node in nodes.items()}
         offers = [self._offer(live, i, nodes[i], ahead[i], fits[i]) for i in indices]
-        index = indices[cheapest(offers, turn)]
+        index = indices[cheapest(offers, turn, miss_weight=self._miss_weight)]
         overtakes = self._held_requests[index] > 0
         if self._is_open(index) and fits[index] and not ahead[index] and not overtakes:
             return index, nodes[index]
