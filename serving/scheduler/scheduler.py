@@ -266,9 +266,10 @@ class Scheduler:
             raise RuntimeError("plan() was called with two steps that have not been applied.")
         phase = self._choose_phase()
         drafts = self._draft(phase)
-        if not phase.decode and not any(draft.samplers for draft in drafts):
-            # Prefill was meant to have a step of its own, but there is no room to start anything.
-            phase = Phase(prefill=False, decode=True)
+        if not any(draft.samplers for draft in drafts) and phase.prefill != phase.decode:
+            # Prefill was meant to have the step, but there is no room to start anything; or decode
+            # was, but its rows gave up their pages to an unfinished prompt.
+            phase = Phase(prefill=phase.decode, decode=phase.prefill)
             drafts = self._draft(phase)
         if not any(draft.samplers for draft in drafts):
             return None
