@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -220,7 +220,7 @@ class Engine:
         # Nothing may follow but an end token, and there may be none that the client wants.
         self.grammars.drop(rid)
         self.scheduler.finish(rid)
-        return replace(outcome, finish_reason="stop")
+        return outcome._replace(finish_reason="stop")
 
     def _constrained_rows(self, plan: StepPlan) -> list[tuple[str, int, int]]:
         """(rid, dp rank, index among the slice's rows) of every token that a grammar governs."""
@@ -385,6 +385,7 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
         "kv_tokens": tokens * layout.num_slices,
         "page_size": runner.page_size,
         "max_context_tokens": runner.max_context,
+        "vocab_size": runner.model.vocab_size,
         "decode_buckets": list(runner.buckets.decode),
         "extend_buckets": list(runner.buckets.extend),
         "load_seconds": round(runner.load_seconds, 2),

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from router.policies import MISS_WEIGHT, Load, Offer, cheapest
+from router.policies import Load, Offer, cheapest
 from serving.scheduler.radix_cache import Node
 from serving.scheduler.rank import LiveRequest, RankScheduler, StepDraft
 
+MISS_WEIGHT = 16
+"""`router.policies.MISS_WEIGHT` for slices: one slice's prefill makes the step longer for all of
+them. Chosen with scripts/simulate_scheduler.py over 2, 4 and 8 slices."""
 MAX_HELD = 32
 """How many requests may be held before the rest of the queue is left for the next step: each takes
 a walk through every slice's tree."""
@@ -35,8 +38,6 @@ class Dispatch:
     ) -> None:
         """Args: choose: among slices that can start a request now; None weighs expected cost."""
         self._ranks, self._drafts, self._choose = ranks, drafts, choose
-        # One slice's prefill makes the step longer for all of them.
-        self._miss_weight = MISS_WEIGHT * len(ranks)
         self._held_tokens = [0] * len(ranks)
         self._held_requests = [0] * len(ranks)
         self._num_weighed = 0
@@ -64,7 +65,7 @@ class Dispatch:
         ahead = {i: self._ranks[i].tokens_ahead(live, node) for i, node in nodes.items()}
         fits = {i: self._ranks[i].fits(live, node) for i, node in nodes.items()}
         offers = [self._offer(live, i, nodes[i], ahead[i], fits[i]) for i in indices]
-        index = indices[cheapest(offers, turn, miss_weight=self._miss_weight)]
+        index = indices[cheapest(offers, turn, miss_weight=MISS_WEIGHT)]
         overtakes = self._held_requests[index] > 0
         if self._is_open(index) and fits[index] and not ahead[index] and not overtakes:
             return index, nodes[index]

@@ -15,6 +15,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from router.policies import Load, fewest_requests, least_loaded
 from serving.request import FinishReason, Request
@@ -87,8 +88,7 @@ class FirstOutcome:
     scores: tuple[TokenScore, ...] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOutcome:
+class TokenOutcome(NamedTuple):
     """One new token of one request; `finish_reason` ("stop", "length") is set on its last."""
 
     rid: str
