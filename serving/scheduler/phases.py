@@ -50,6 +50,10 @@ class Phase:
     decode: bool
 
 
+MIXED = PhasePolicy()
+BOTH = Phase(prefill=True, decode=True)
+
+
 def choose_phase(
     policy: PhasePolicy,
     slices: Sequence[SliceWork],

@@ -33,7 +33,7 @@ class LiveRequest:
         key: `context` for the prefix tree; matches: by slice, the last node found for it.
         num_cached: KV entries written by the steps planned so far.
         rows_in_flight: rows of planned steps whose results are not known yet.
-        samples_in_flight: tokens among these results.
+        steps_left: tokens that no step planned so far samples, if it runs to max_tokens.
         first_cached: prompt tokens found in the prefix cache at the first start; None before.
         queue_s: seconds from arrival to the first start.
         scores: log probabilities of prompt tokens so far.
@@ -59,9 +59,9 @@ class LiveRequest:
         "rank",
         "request",
         "rows_in_flight",
-        "samples_in_flight",
         "scores",
         "slot",
+        "steps_left",
     )
 
     def __init__(self, request: Request, *, number: int, arrived: float, bound: int | None) -> None:
@@ -75,7 +75,7 @@ class LiveRequest:
         self.matches: dict[int, Node] = {}
         self.num_cached = 0
         self.rows_in_flight = 0
-        self.samples_in_flight = 0
+        self.steps_left = request.sampling.max_tokens
         self.first_cached: int | None = None
         self.queue_s = 0.0
         self.scores: list[TokenScore] = []
@@ -88,12 +88,6 @@ class LiveRequest:
     def max_total_tokens(self) -> int:
         """Tokens of prompt and answer if it runs to max_tokens."""
         return len(self.request.prompt) + self.request.sampling.max_tokens
-
-    @property
-    def steps_left(self) -> int:
-        """Tokens that no step planned so far samples, if it runs to max_tokens."""
-        known = len(self.generated) + self.samples_in_flight
-        return self.request.sampling.max_tokens - known
 
     @property
     def prefilling(self) -> bool:
@@ -159,7 +153,7 @@ class StepDraft:
         self.samplers.append((live, True))
         live.num_cached += 1
         live.rows_in_flight += 1
-        live.samples_in_flight += 1
+        live.steps_left -= 1
 
     def add_chunk(self, live: LiveRequest, pages: tuple[int, ...]) -> None:
         """As much of the request's context as the budget allows."""
@@ -186,7 +180,7 @@ class StepDraft:
         )
         self.samplers.append((live, samples))
         live.rows_in_flight += 1
-        live.samples_in_flight += samples
+        live.steps_left -= samples
         self.tokens -= len(tokens)
         self.prefill_tokens += len(tokens)
         self.rows -= 1
@@ -225,6 +219,10 @@ class RankScheduler:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         self.cache = CacheManager(num_pages=num_pages, page_size=page_size, radix_cache=radix_cache)
         self.counters = Counters()
+        self.unfinished: LiveRequest | None = None
+        """The running request whose context is planned in part; there is one at most, because a
+        context stays unfinished only where it used up a step's budget, and nothing starts without
+        budget."""
         self._running: list[LiveRequest] = []
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -248,23 +246,16 @@ class RankScheduler:
     @property
     def pending_prefill_tokens(self) -> int:
         """Context tokens of running requests that no step planned so far computes."""
-        return sum(max(0, len(live.context) - live.num_cached) for live in self._running)
-
-    def unfinished_prompt(self) -> LiveRequest | None:
-        """The running request whose context is planned in part; there is one at most.
-
-        A context stays unfinished only where it used up a step's budget, and nothing starts
-        without budget.
-        """
-        return next((live for live in self._running if live.prefilling), None)
+        live = self.unfinished
+        return 0 if live is None else len(live.context) - live.num_cached
 
     def work(self) -> SliceWork:
         """What the next step could do here."""
-        prefilling = sum(live.prefilling for live in self._running)
+        prefilling = self.unfinished is not None
         closing = sum(live.steps_left <= 0 for live in self._running)
         return SliceWork(
             decoding=len(self._running) - prefilling - closing,
-            prefilling=prefilling > 0,
+            prefilling=prefilling,
             can_start=bool(self._free_slots),
         )
 
@@ -287,7 +278,7 @@ class RankScheduler:
             while index < len(self._running):
                 live = self._running[index]
                 index += 1
-                if live.prefilling or live.steps_left <= 0:
+                if live is self.unfinished or live.steps_left <= 0:
                     continue
                 pages = self.cache.extend(live.request.rid, live.num_cached + 1)
                 if pages is not None:
@@ -297,10 +288,8 @@ class RankScheduler:
                     retracted.append(victim)
                     index -= victim is not live
                 # Else somebody's last token is in flight: its pages are free in a moment.
-        unfinished = self.unfinished_prompt()
-        if unfinished is not None and draft.open:
-            draft.add_chunk(unfinished, self.cache.pages(unfinished.request.rid))
-            self._publish(unfinished)
+        if self.unfinished is not None and draft.open:
+            self._add_chunk(self.unfinished, draft)
         return draft, retracted
 
     def find_prefix(self, live: LiveRequest, index: int) -> Node:
@@ -314,7 +303,7 @@ class RankScheduler:
 
         Waiting for them is cheaper than computing them again beside it.
         """
-        leader = self.unfinished_prompt()
+        leader = self.unfinished
         size = self.cache.page_size
         if leader is None or not self.cache.shares or node.depth != leader.num_cached // size:
             return 0
@@ -342,8 +331,8 @@ class RankScheduler:
 
     def start(self, live: LiveRequest, node: Node, draft: StepDraft, now: float) -> None:
         """Take in a waiting request on prefix `node` and draft its first chunk. It must fit."""
-        pages = self.cache.start(live.request.rid, node, self._first_tokens(live))
-        assert pages is not None, "start() of a request that does not fit"
+        started = self.cache.start(live.request.rid, node, self._first_tokens(live))
+        assert started is not None, "start() of a request that does not fit"
         live.rank = self
         live.slot = self._free_slots.pop()
         live.num_cached = node.depth * self.cache.page_size
@@ -356,13 +345,14 @@ class RankScheduler:
             self.counters.prompt_tokens += len(live.context)
             self.counters.cached_tokens += live.num_cached
         insort(self._running, live, key=ORDER)
-        draft.add_chunk(live, pages)
-        self._publish(live)
+        self._add_chunk(live, draft)
 
     def remove(self, live: LiveRequest) -> None:
         """Free the slot and the pages of a running request, whatever becomes of it."""
         self._running.remove(live)
         self._free_slots.append(live.slot)
+        if live is self.unfinished:
+            self.unfinished = None
         key = live.known_key()
         written = min(live.num_cached, len(live.request.prompt) + len(live.generated))
         if self._reproducible:
@@ -381,8 +371,11 @@ class RankScheduler:
             raise IntegrityError(f"Slots 0 to {self._num_slots - 1} are held as {slots}.")
         if self._running != sorted(self._running, key=ORDER):
             raise IntegrityError("The running requests are not in their order.")
-        if sum(live.prefilling for live in self._running) > 1:
-            raise IntegrityError("Two requests of one slice are in the middle of their prompts.")
+        unfinished = [live for live in self._running if live.prefilling]
+        if unfinished != ([] if self.unfinished is None else [self.unfinished]):
+            raise IntegrityError(
+                f"{len(unfinished)} requests of one slice are in the middle of their prompts."
+            )
         self.cache.check_integrity([live.request.rid for live in self._running])
         for live in self._running:
             held = len(self.cache.pages(live.request.rid)) * self.cache.page_size
@@ -397,8 +390,10 @@ class RankScheduler:
         # The last token of an answer is never fed, so its entry is never written.
         return live.max_total_tokens - 1 if self._reproducible else len(live.context) + 1
 
-    def _publish(self, live: LiveRequest) -> None:
-        """Share what a drafted chunk writes: rows of the same step may read it already."""
+    def _add_chunk(self, live: LiveRequest, draft: StepDraft) -> None:
+        """Draft a chunk and share what it writes: rows of the same step may read it already."""
+        draft.add_chunk(live, self.cache.pages(live.request.rid))
+        self.unfinished = live if live.prefilling else None
         written = live.num_cached
         if self._reproducible:
             written = min(written, len(live.request.prompt))

@@ -21,7 +21,7 @@ from router.policies import Load, fewest_requests, least_loaded
 from serving.request import FinishReason, Request
 from serving.scheduler.cache_manager import IntegrityError
 from serving.scheduler.dispatch import Dispatch
-from serving.scheduler.phases import Phase, PhasePolicy, choose_phase
+from serving.scheduler.phases import BOTH, MIXED, Phase, PhasePolicy, choose_phase
 from serving.scheduler.plan import SampledToken, StepPlan, StepResult, TokenScore, TopLogprobs
 from serving.scheduler.rank import ORDER, Counters, LiveRequest, RankScheduler, StepDraft
 
@@ -296,19 +296,20 @@ class Scheduler:
                 f"{[len(tokens) for tokens in result.tokens]} sampled tokens were given."
             )
         self._in_flight.popleft()
-        outcomes = []
+        outcomes: list[TokenOutcome] = []
         for index, (rows, tokens) in enumerate(zip(samplers, result.tokens, strict=True)):
+            known = len(outcomes)
             for (live, samples), token in zip(rows, tokens, strict=True):
                 live.rows_in_flight -= 1
-                live.samples_in_flight -= samples
                 if samples != (token is not None):
                     raise ValueError("The token of a row is missing, or one came unasked for.")
                 if not live.live:
                     continue
-                if live.scoring:
+                if result.scores and live.scoring:
                     live.scores += result.scores.get(live.request.rid, ())
                 if token is not None:
                     outcomes.append(self._take(live, token, index))
+            self._ranks[index].counters.generated_tokens += len(outcomes) - known
         return outcomes
 
     def check_integrity(self) -> None:
@@ -334,6 +335,8 @@ class Scheduler:
             )
 
     def _choose_phase(self) -> Phase:
+        if self.config.phases == MIXED:
+            return BOTH  # without counting what everybody could do
         return choose_phase(
             self.config.phases,
             [rank.work() for rank in self._ranks],
@@ -426,32 +429,28 @@ class Scheduler:
             self._delayed += not phase.prefill
 
     def _take(self, live: LiveRequest, token: SampledToken, index: int) -> TokenOutcome:
-        first = None
-        if not live.generated:
-            first = FirstOutcome(
-                dp_rank=index,
-                cached_tokens=live.first_cached or 0,
-                queue_s=live.queue_s,
-                scores=tuple(live.scores) if live.scoring else None,
-            )
-        live.generated.append(token.token_id)
-        self._ranks[index].counters.generated_tokens += 1
-        sampling = live.request.sampling
+        generated, request = live.generated, live.request
+        first = self._first(live, index) if not generated else None
+        generated.append(token.token_id)
         reason: FinishReason | None = None
-        if token.token_id in sampling.stop_token_ids:
+        if token.token_id in request.sampling.stop_token_ids:
             reason = "stop"
-        elif len(live.generated) == sampling.max_tokens:
+        elif len(generated) == request.sampling.max_tokens:
             reason = "length"
         if reason is not None:
             self._ranks[index].counters.finished += 1
             self._forget(live)
         return TokenOutcome(
-            rid=live.request.rid,
-            token_id=token.token_id,
-            finish_reason=reason,
-            logprob=token.logprob,
-            top_logprobs=token.top_logprobs,
-            first=first,
+            request.rid, token.token_id, reason, token.logprob, token.top_logprobs, first
+        )
+
+    def _first(self, live: LiveRequest, index: int) -> FirstOutcome:
+        """What is told with a request's first token, which slice `index` computed."""
+        return FirstOutcome(
+            dp_rank=index,
+            cached_tokens=live.first_cached or 0,
+            queue_s=live.queue_s,
+            scores=tuple(live.scores) if live.scoring else None,
         )
 
     def _end(self, rid: str, how: str) -> bool:

@@ -498,7 +498,7 @@ def test_long_random_traffic_through_a_tight_pool(seed):
     harness = Harness(
         num_slices=draw.choice([1, 2, 4, 8]),
         slots=draw.randint(4, 8),
-        pages=draw.randint(16, 40),
+        pages=draw.randint(16, 24),
         page_size=draw.choice([1, 2, 4]),
         prefill_tokens=draw.choice([2, 8, 32]),
         prefill_rows=draw.randint(1, 4),
