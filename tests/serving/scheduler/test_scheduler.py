@@ -492,8 +492,8 @@ def test_planning_twice_from_the_start_gives_the_same_plans():
     assert play() == play()
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_long_random_traffic_through_a_tight_pool(seed):
+def long_random_traffic(seed: int) -> int:
+    """80 requests through a tight pool; how many were retracted."""
     draw = random.Random(seed)
     harness = Harness(
         num_slices=draw.choice([1, 2, 4, 8]),
@@ -512,5 +512,9 @@ def test_long_random_traffic_through_a_tight_pool(seed):
         if draw.random() < 0.1:
             harness.abort(f"r{draw.randrange(number + 1)}")
     harness.drain()
-    assert harness.scheduler.num_retracted > 0
     assert max(running_by_slice(harness)) == 0
+    return harness.scheduler.num_retracted
+
+
+def test_long_random_traffic_through_a_tight_pool():
+    assert sum(map(long_random_traffic, range(12))) > 20
