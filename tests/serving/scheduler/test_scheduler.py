@@ -508,7 +508,8 @@ def long_random_traffic(seed: int) -> int:
         prompt = draw.randint(1, pool // 4)
         harness.add(f"r{number}", prompt, draw.randint(1, pool // 2), seed=number)
         for _ in range(draw.choice([0, 0, 0, 1, 4])):
-            harness.step()
+            if harness.scheduler.has_work:
+                harness.step()
         if draw.random() < 0.1:
             harness.abort(f"r{draw.randrange(number + 1)}")
     harness.drain()
