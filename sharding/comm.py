@@ -48,6 +48,4 @@ class MeshComm:
         num_local_experts: int,
         shared: jax.Array | None,
     ) -> jax.Array:
-        return self.exchange(
-            x, expert_ids, weights, experts, num_local_experts, shared, self.sums
-        )
+        return self.exchange(x, expert_ids, weights, experts, num_local_experts, shared, self.sums)
