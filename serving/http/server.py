@@ -38,6 +38,8 @@ GRACE_S = 10.0
 """How long running answers may go on after SIGTERM; then their streams end with an error event."""
 
 BACKLOG = 2048
+GRAMMARS_AFTER_S = 1.0
+"""When to build what checks grammars, counted from the engine's launch."""
 
 
 class StartError(RuntimeError):
@@ -77,9 +79,7 @@ class _Front:
         self._tokenizer = tokenizer
         self._defaults = defaults
         self._listener = listener
-        self._grammars = (
-            None if config.grammar_backend == "none" else GrammarCompiler(lambda: tokenizer)
-        )
+        self._grammars: GrammarCompiler | None = None
         self._stop = asyncio.Event()
         self._signals = 0
 
@@ -95,6 +95,8 @@ class _Front:
             loop.add_signal_handler(signum, self._on_signal)
         _say(f"Starting the engine for {self._config.model_name} ({self._config.model_path}) ...")
         began = time.monotonic()
+        # Its tables hold the interpreter lock for a second: the engine must be on its way by then.
+        loop.call_later(GRAMMARS_AFTER_S, self._start_grammars)
         engine = await _unless_set(self._stop, EngineProcess.launch(self._config, engine_command))
         if engine is None:
             return 0
@@ -109,8 +111,13 @@ class _Front:
         self._signals += 1
         self._stop.set()
 
+    def _start_grammars(self) -> None:
+        if self._grammars is None and self._config.grammar_backend != "none":
+            self._grammars = GrammarCompiler(lambda: self._tokenizer)
+
     async def _serve_http(self, engine: EngineProcess) -> None:
         config = self._config
+        self._start_grammars()
         try:
             self._listener.listen(BACKLOG)
         except OSError:
