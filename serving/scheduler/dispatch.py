@@ -18,7 +18,7 @@ from serving.scheduler.rank import LiveRequest, RankScheduler, StepDraft
 MISS_WEIGHT = 16
 """`router.policies.MISS_WEIGHT` for slices: one slice's prefill makes the step longer for all of
 them. Chosen with scripts/simulate_scheduler.py over 2, 4 and 8 slices."""
-MAX_HELD = 32
+MAX_HELD = 16
 """How many requests may be held before the rest of the queue is left for the next step: each takes
 a walk through every slice's tree."""
 DECODE_STEP_TOKENS = 512
