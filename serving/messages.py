@@ -149,6 +149,10 @@ class SliceCounters(msgspec.Struct, frozen=True):
     finished: int = 0
     aborted: int = 0
     retracted: int = 0
+    retracted_input_tokens: int = 0
+    """Prompt tokens of the retracted requests."""
+    retracted_output_tokens: int = 0
+    """Tokens that they had generated."""
     prompt_tokens: int = 0
     """Tokens of the contexts of started requests, cached ones included."""
     cached_tokens: int = 0
@@ -178,6 +182,8 @@ class EngineStatus(msgspec.Struct, tag=True, frozen=True):
     """Entry n counts the steps in which n slices prefilled."""
     prefilling_seconds: list[float] = []
     """Entry n is the wall time of those steps; empty where it is not measured."""
+    grammar_queue: int = 0
+    """Requests whose grammar is being read, which are in no other queue yet."""
 
 
 class Pulse(msgspec.Struct, tag=True, frozen=True):

@@ -120,9 +120,12 @@ class Engine:
         Raises:
             ValueError: with the sentence for the user; `RequestTooLong` and `QueueFull` are such.
         """
-        grammar = request.sampling.grammar
+        rid, grammar = request.rid, request.sampling.grammar
+        if rid in self._preparing or self.scheduler.is_live(rid):
+            raise ValueError(f"Request id {rid!r} is in use by a request that has not finished.")
+        self.scheduler.check_queue(more=len(self._preparing))
         if grammar is None:
-            self.scheduler.add(request)
+            self.scheduler.add(request, admitted=True)
             return
         if self.grammars is None:
             raise ValueError("This server does not constrain answers (--grammar-backend none).")
@@ -134,6 +137,11 @@ class Engine:
         if self.grammars is not None:
             self.grammars.drop(rid)
         return self._preparing.pop(rid, None) is not None or self.scheduler.abort(rid)
+
+    @property
+    def num_preparing(self) -> int:
+        """Requests whose grammar is being read."""
+        return len(self._preparing)
 
     @property
     def has_work(self) -> bool:
@@ -177,7 +185,7 @@ class Engine:
                 continue
             del self._preparing[rid]
             try:
-                self.scheduler.add(request)
+                self.scheduler.add(request, admitted=True)
             except ValueError as error:
                 self.grammars.drop(rid)
                 failures.append(RequestFailure.of(rid, error))

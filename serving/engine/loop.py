@@ -41,6 +41,9 @@ from serving.scheduler.scheduler import SliceLoad, TokenOutcome
 
 log = logging.getLogger("meshserve.engine")
 
+LAST_WORDS_S = 1.0
+"""How long the watchdog tries to tell the front why before it ends the process."""
+
 
 class Connection(Protocol):
     """What the loop needs of the connection to the front."""
@@ -89,11 +92,16 @@ class EngineLoop:
         while self.busy_seconds() <= timeout_s:
             time.sleep(min(timeout_s / 4, 5.0))
         log.error("no progress for %.0f s: giving up", timeout_s)
-        with contextlib.suppress(OSError):
-            self.connection.send(
-                Failed(f"The engine made no progress for {timeout_s:g} s (--watchdog-timeout).")
-            )
+        reason = f"The engine made no progress for {timeout_s:g} s (--watchdog-timeout)."
+        # It may be the sending that hangs.
+        last_words = threading.Thread(target=self._say_failed, args=(reason,), daemon=True)
+        last_words.start()
+        last_words.join(LAST_WORDS_S)
         os._exit(1)
+
+    def _say_failed(self, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(Failed(reason))
 
     def _handle(self, message: ToEngine) -> None:
         match message:
@@ -129,6 +137,7 @@ class EngineLoop:
             step_seconds=dict(totals.seconds),
             prefilling_slices=list(totals.prefilling_slices),
             prefilling_seconds=list(totals.prefilling_seconds),
+            grammar_queue=self.engine.num_preparing,
         )
 
 
@@ -139,24 +148,25 @@ class StepReport:
         self._engine, self._interval = engine, interval
         self._since = time.monotonic()
         self._last = engine.status()
-        self._steps = 0
+        self._next = engine.totals.count + interval
 
     def after_step(self) -> None:
-        self._steps += 1
-        if self._steps % self._interval:
+        if self._engine.totals.count < self._next:
             return
+        self._next += self._interval
         now, status = time.monotonic(), self._engine.status()
         seconds = max(now - self._since, 1e-9)
         parts = []
         for before, after in zip(self._last, status, strict=True):
-            if not after.running and after.counters == before.counters:
+            if not (after.running or after.waiting) and after.counters == before.counters:
                 continue  # idle all the time
             prompt = after.counters.prompt_tokens - before.counters.prompt_tokens
             cached = after.counters.cached_tokens - before.counters.cached_tokens
             tokens = after.counters.generated_tokens - before.counters.generated_tokens
             hits = f", hits {cached / prompt:.0%}" if prompt else ""
+            waiting = f", {after.waiting} waiting" if after.waiting else ""
             parts.append(
-                f"[{after.dp_rank} {after.mode}: {after.running} running, KV "
+                f"[{after.dp_rank} {after.mode}: {after.running} running{waiting}, KV "
                 f"{after.used_tokens / after.total_tokens:.0%}{hits}, {tokens / seconds:.0f} tok/s]"
             )
         log.info(

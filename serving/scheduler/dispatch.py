@@ -19,8 +19,8 @@ MISS_WEIGHT = 16
 """`router.policies.MISS_WEIGHT` for slices: one slice's prefill makes the step longer for all of
 them. Chosen with scripts/simulate_scheduler.py over 2, 4 and 8 slices."""
 MAX_HELD = 16
-"""How many requests may be held before the rest of the queue is left for the next step: each takes
-a walk through every slice's tree."""
+"""How many requests for each slice may be held before the rest of the queue is left for the next
+step: each takes a walk through every slice's tree."""
 DECODE_STEP_TOKENS = 512
 """A decode step, in the prompt tokens that could be prefilled instead: what waiting for a slot
 costs. About 13 ms against 80,000 tokens/s for DeepSeek-V2-Lite on an H100 would be 1,000, 20 ms
@@ -46,19 +46,34 @@ class Dispatch:
 
     @property
     def closed(self) -> bool:
-        if self._stopped or self._num_weighed >= MAX_HELD:
+        if self._stopped or self._num_weighed >= MAX_HELD * len(self._ranks):
             return True
-        return not any(map(self._is_open, range(len(self._ranks))))
+        return not any(map(self.takes, range(len(self._ranks))))
+
+    def takes(self, index: int) -> bool:
+        """Whether a slice can take another request: it has room, and nobody waits for it."""
+        return (
+            self._drafts[index].open
+            and self._ranks[index].has_slot
+            and not self._held_requests[index]
+        )
+
+    def hold_back(self, live: LiveRequest) -> None:
+        """Let nobody overtake a request that cannot start in this step, wherever it may run."""
+        if live.bound is None:
+            self._stopped = True
+        else:
+            self._held_requests[live.bound] += 1
 
     def place(self, live: LiveRequest, turn: int) -> tuple[int, Node] | None:
         """The slice that starts `live` now and the prefix it has there; None: nobody does yet."""
         if live.bound is None:
             indices: Sequence[int] = range(len(self._ranks))
-        elif self._held_requests[live.bound] or not self._is_open(live.bound):
+        elif self.takes(live.bound):
+            indices = (live.bound,)
+        else:
             self._held_requests[live.bound] += 1
             return None
-        else:
-            indices = (live.bound,)
         nodes = {index: self._ranks[index].find_prefix(live, index) for index in indices}
         if self._choose is not None and live.bound is None:
             return self._place_by_load(live, nodes, turn)
@@ -66,9 +81,10 @@ class Dispatch:
         fits = {i: self._ranks[i].fits(live, node) for i, node in nodes.items()}
         offers = [self._offer(live, i, nodes[i], ahead[i], fits[i]) for i in indices]
         index = indices[cheapest(offers, turn, miss_weight=MISS_WEIGHT)]
-        overtakes = self._held_requests[index] > 0
-        if self._is_open(index) and fits[index] and not ahead[index] and not overtakes:
+        if self.takes(index) and fits[index] and not ahead[index]:
             return index, nodes[index]
+        # Its whole context counts, as if nothing were cached: it will also take a slot and room
+        # for its answer there, and a hot prefix spreads the sooner.
         self._held_tokens[index] += len(live.context)
         self._held_requests[index] += 1
         self._num_weighed += 1
@@ -77,11 +93,7 @@ class Dispatch:
     def _place_by_load(
         self, live: LiveRequest, nodes: dict[int, Node], turn: int
     ) -> tuple[int, Node] | None:
-        able = [
-            i
-            for i, node in nodes.items()
-            if self._is_open(i) and not self._held_requests[i] and self._ranks[i].fits(live, node)
-        ]
+        able = [i for i, node in nodes.items() if self.takes(i) and self._ranks[i].fits(live, node)]
         if not able:
             self._stopped = True
             return None
@@ -115,6 +127,3 @@ class Dispatch:
             steps = self._free_in[index] = self._ranks[index].steps_until_free()
         held = self._held_requests[index]
         return steps[min(held, len(steps) - 1)] if steps else 0
-
-    def _is_open(self, index: int) -> bool:
-        return self._drafts[index].open and self._ranks[index].has_slot

@@ -51,6 +51,7 @@ class Phase:
 
 
 MIXED = PhasePolicy()
+"""The policy that allows everything in every step, whatever the slices could do."""
 BOTH = Phase(prefill=True, decode=True)
 
 

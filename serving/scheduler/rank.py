@@ -118,6 +118,8 @@ class Counters:
     finished: int = 0
     aborted: int = 0
     retracted: int = 0
+    retracted_input_tokens: int = 0
+    retracted_output_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -417,3 +419,5 @@ class RankScheduler:
         self.remove(live)
         live.num_cached = 0
         self.counters.retracted += 1
+        self.counters.retracted_input_tokens += len(live.request.prompt)
+        self.counters.retracted_output_tokens += len(live.generated)

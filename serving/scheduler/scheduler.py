@@ -10,11 +10,13 @@ gone are dropped.
 
 from __future__ import annotations
 
+import heapq
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import NamedTuple
 
 from router.policies import Load, fewest_requests, least_loaded
@@ -141,7 +143,8 @@ class Scheduler:
             for _ in range(config.num_slices)
         ]
         self._live: dict[str, LiveRequest] = {}
-        self._waiting: list[LiveRequest] = []  # in order
+        # Waiting requests, in order: by the only slice that may run them, last those of any slice.
+        self._queues: list[list[LiveRequest]] = [[] for _ in range(config.num_slices + 1)]
         self._in_flight: deque[tuple[StepPlan, list[list[tuple[LiveRequest, bool]]]]] = deque()
         self._modes = ["idle"] * config.num_slices
         self._num_arrived = 0
@@ -156,12 +159,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._queues))
 
     @property
     def waiting_tokens(self) -> int:
         """Tokens of the contexts of waiting requests."""
-        return sum(len(live.context) for live in self._waiting)
+        return sum(len(live.context) for queue in self._queues for live in queue)
 
     @property
     def num_retracted(self) -> int:
@@ -170,13 +173,12 @@ class Scheduler:
 
     def status(self) -> tuple[SliceLoad, ...]:
         """The load of every slice, in rank order."""
-        bound = [live.bound for live in self._waiting if live.bound is not None]
         return tuple(
             SliceLoad(
                 dp_rank=index,
                 mode=self._modes[index],
                 running=rank.num_running,
-                waiting=bound.count(index),
+                waiting=len(self._queues[index]),
                 used_tokens=rank.cache.used_tokens,
                 cached_tokens=rank.cache.cached_tokens,
                 total_tokens=rank.cache.total_tokens,
@@ -188,8 +190,11 @@ class Scheduler:
             for index, rank in enumerate(self._ranks)
         )
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, *, admitted: bool = False) -> None:
         """Queue a request behind all others of its priority.
+
+        Args:
+            admitted: its place in the queue was counted before (`check_queue`).
 
         Raises:
             RequestTooLong: prompt and max_tokens exceed the context or the pool of a slice.
@@ -218,16 +223,25 @@ class Scheduler:
                     f"The prompt has {prompt} tokens and max_tokens is {max_tokens}, together "
                     f"{prompt + max_tokens}, but {what} holds at most {limit} tokens per request."
                 )
-        most = self.config.max_queued
-        if most is not None and len(self._waiting) >= most:
-            raise QueueFull(f"The request queue is full: {most} requests wait already.")
+        if not admitted:
+            self.check_queue()
         bound = request.dp_rank
         if bound is None and self.config.load_balance == "round_robin":
             bound = self._num_arrived % len(self._ranks)
         live = LiveRequest(request, number=self._num_arrived, arrived=self._clock(), bound=bound)
         self._live[rid] = live
         self._num_arrived += 1
-        insort(self._waiting, live, key=ORDER)
+        insort(self._queue_of(live), live, key=ORDER)
+
+    def check_queue(self, more: int = 0) -> None:
+        """Raises QueueFull if, beside `more` requests elsewhere, max_queued wait already."""
+        most = self.config.max_queued
+        if most is not None and self.num_waiting + more >= most:
+            raise QueueFull(f"The request queue is full: {most} requests wait already.")
+
+    def is_live(self, rid: str) -> bool:
+        """Whether a request of this id waits or runs."""
+        return rid in self._live
 
     def abort(self, rid: str) -> bool:
         """Forget a request and free what it holds; no outcome for it follows.
@@ -322,9 +336,9 @@ class Scheduler:
         """
         for rank in self._ranks:
             rank.check_integrity()
-        waiting = self._waiting
-        if waiting != sorted(waiting, key=ORDER):
+        if any(queue != sorted(queue, key=ORDER) for queue in self._queues):
             raise IntegrityError("The waiting requests are not in their order.")
+        waiting = [live for queue in self._queues for live in queue]
         num_running = sum(rank.num_running for rank in self._ranks)
         if len(self._live) != num_running + len(waiting) or not all(
             self._live.get(live.request.rid) is live and live.rank is None for live in waiting
@@ -340,7 +354,7 @@ class Scheduler:
         return choose_phase(
             self.config.phases,
             [rank.work() for rank in self._ranks],
-            waiting=len(self._waiting),
+            waiting=self.num_waiting,
             since_prefill=self._since_prefill,
             delayed=self._delayed,
         )
@@ -352,8 +366,8 @@ class Scheduler:
             draft, retracted = rank.draft_running(phase)
             drafts.append(draft)
             for live in retracted:
-                insort(self._waiting, live, key=ORDER)
-        if phase.prefill and self._waiting:
+                insort(self._queue_of(live), live, key=ORDER)
+        if phase.prefill and self.num_waiting:
             self._admit(drafts)
         return drafts
 
@@ -364,25 +378,31 @@ class Scheduler:
             return
         now = self._clock()
         started = []
-        for live in self._queue():
+        for live in self._in_order(dispatch):
             if live.rows_in_flight:
-                continue  # retracted a moment ago: its last token is not known yet
-            if live.rank is None and live.generated:
-                self._renew(live)
-            choice = dispatch.place(live, turn=self._num_started)
-            if choice is not None:
-                index, node = choice
-                self._ranks[index].start(live, node, drafts[index], now)
-                started.append(live)
-                self._num_started += 1
+                dispatch.hold_back(live)  # retracted a moment ago: its last token is not known yet
+            else:
+                if live.generated:
+                    self._renew(live)
+                choice = dispatch.place(live, turn=self._num_started)
+                if choice is not None:
+                    index, node = choice
+                    self._ranks[index].start(live, node, drafts[index], now)
+                    started.append(live)
+                    self._num_started += 1
             if dispatch.closed:
                 break
         if started:
-            gone = set(started)
-            self._waiting = [live for live in self._waiting if live not in gone]
-            if self.config.schedule_policy == "lpm":
-                newest = max(started, key=ORDER)
-                for live in self._waiting:
+            self._leave_queues(started)
+
+    def _leave_queues(self, started: list[LiveRequest]) -> None:
+        gone = set(started)
+        for index in {len(self._ranks) if live.bound is None else live.bound for live in gone}:
+            self._queues[index] = [live for live in self._queues[index] if live not in gone]
+        if self.config.schedule_policy == "lpm":
+            newest = max(started, key=ORDER)
+            for queue in self._queues:
+                for live in queue:
                     live.passed_over += live.order < newest.order
 
     def _chooser(self) -> Callable[[Sequence[Load], int], int] | None:
@@ -395,20 +415,34 @@ class Scheduler:
             case _:
                 return least_loaded
 
-    def _queue(self) -> list[LiveRequest]:
-        """The waiting requests in the order in which they may start."""
-        if self.config.schedule_policy != "lpm" or len(self._waiting) < 2:
-            return self._waiting
-        window = self._waiting[:LPM_WINDOW]
+    def _queue_of(self, live: LiveRequest) -> list[LiveRequest]:
+        return self._queues[-1 if live.bound is None else live.bound]
 
-        def rank_of(live: LiveRequest) -> tuple[int, bool, int, int]:
-            depth = max(
-                rank.find_prefix(live, index).depth for index, rank in enumerate(self._ranks)
-            )
-            overdue = live.passed_over >= MAX_PASSED_OVER
-            return (live.order[0], not overdue, 0 if overdue else -depth, live.order[1])
+    def _in_order(self, dispatch: Dispatch) -> Iterator[LiveRequest]:
+        """The waiting requests as they may start; of a slice's own ones as many as it takes."""
 
-        return sorted(window, key=rank_of) + self._waiting[LPM_WINDOW:]
+        def own(index: int) -> Iterator[LiveRequest]:
+            for live in self._queues[index]:
+                if not dispatch.takes(index):
+                    return
+                yield live
+
+        merged = heapq.merge(
+            *(own(index) for index, queue in enumerate(self._queues[:-1]) if queue),
+            self._queues[-1],
+            key=ORDER,
+        )
+        if self.config.schedule_policy != "lpm":
+            return merged
+        return chain(sorted(islice(merged, LPM_WINDOW), key=self._prefix_first), merged)
+
+    def _prefix_first(self, live: LiveRequest) -> tuple[int, bool, int, int]:
+        """Sorts by priority, then those whose turn has come, then by cached prefix."""
+        priority, number = live.order
+        if live.passed_over >= MAX_PASSED_OVER:
+            return priority, False, 0, number
+        depth = max(rank.find_prefix(live, index).depth for index, rank in enumerate(self._ranks))
+        return priority, True, -depth, number
 
     def _renew(self, live: LiveRequest) -> None:
         """The context of a request that was retracted: all its tokens are known by now."""
@@ -425,8 +459,9 @@ class Scheduler:
         if plan.is_extend:
             self._since_prefill = self._delayed = 0
         else:
+            in_time = self._since_prefill >= self.config.phases.interval
+            self._delayed += in_time and not phase.prefill
             self._since_prefill += 1
-            self._delayed += not phase.prefill
 
     def _take(self, live: LiveRequest, token: SampledToken, index: int) -> TokenOutcome:
         generated, request = live.generated, live.request
@@ -466,6 +501,6 @@ class Scheduler:
         if live.rank is not None:
             live.rank.remove(live)
         else:
-            self._waiting.remove(live)
+            self._queue_of(live).remove(live)
         live.live = False
         del self._live[live.request.rid]

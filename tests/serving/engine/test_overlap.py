@@ -231,9 +231,16 @@ def test_requests_that_cannot_be_taken_leave_nothing_behind():
     engine.add(make_request("b"))
     with pytest.raises(QueueFull, match="The request queue is full: 1 requests wait already"):
         engine.add(make_request("c"))
-    engine.add(make_request("d", grammar=GRAMMAR))
-    outcomes = engine.step()
-    assert [(f.rid, f.status) for f in outcomes] == [("d", 503)]
+    with pytest.raises(QueueFull):
+        engine.add(make_request("d", grammar=GRAMMAR))
+    engine.step()
+    engine.add(make_request("d", max_tokens=2000, grammar=GRAMMAR))
+    with pytest.raises(ValueError, match="'d' is in use"):
+        engine.add(make_request("d"))
+    with pytest.raises(ValueError, match="'b' is in use"):
+        engine.add(make_request("b", grammar=GRAMMAR))
+    outcomes = [o for o in engine.step() if isinstance(o, RequestFailure)]
+    assert [(f.rid, f.status) for f in outcomes] == [("d", 400)]
     assert not engine.grammars
     assert set(drain(engine)) == {"b"}
     with pytest.raises(ValueError, match="--grammar-backend none"):

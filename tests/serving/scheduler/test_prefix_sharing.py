@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serving.scheduler.plan import TokenScore
+from serving.scheduler.rank import RankScheduler
 from serving.scheduler.scheduler import MAX_PASSED_OVER, QueueFull
 from tests.serving.scheduler.fake_runner import Harness, rids, score
 
@@ -198,6 +199,50 @@ def test_the_least_loaded_slice_by_requests_or_by_tokens(method, home):
     harness.add("new", prompt_tokens=3, max_tokens=2)
     harness.drain()
     assert started_on(harness)["new"] == home
+
+
+def test_a_hot_prefix_spreads_over_idle_slices_and_holds_up_nobody():
+    """Requests are held for the slice that has their prefix, but not while others stand idle."""
+    harness = Harness(num_slices=4, slots=2, page_size=4, prefill_tokens=256, pages=200)
+    for number in range(30):
+        harness.add(f"hot{number}", prompt_tokens=101, shared=100, max_tokens=8)
+    harness.add("cold", prompt_tokens=12, max_tokens=1, cache_key="other")
+    plans = harness.drain()
+    idle = sum(not rows.decode and not rows.prefill for plan in plans for rows in plan.slices)
+    assert len(plans) < 45  # 30 answers of 8 steps on 8 slots take 30 at least
+    assert idle < len(plans)
+    assert len(set(started_on(harness).values())) == 4
+
+
+def test_nobody_takes_the_pages_of_a_request_just_retracted():
+    harness = Harness(pages=9, page_size=2, slots=6, prefill_tokens=32, overlap=True)
+    for rid in ("a", "b"):
+        harness.add(rid, prompt_tokens=3, max_tokens=12)
+    harness.step()
+    for number in range(3):
+        harness.add(f"young{number}", prompt_tokens=2, max_tokens=12)
+    harness.drain()
+    assert harness.scheduler.num_retracted > 0
+    assert list(harness.finished)[:2] == ["a", "b"]
+
+
+def test_a_long_queue_for_one_slice_is_not_walked():
+    harness = Harness(num_slices=2, slots=1)
+    for number in range(50):
+        harness.add(f"r{number}", prompt_tokens=2, max_tokens=2, dp_rank=0)
+    harness.step()
+    seen = []
+    find = RankScheduler.find_prefix
+
+    def spy(rank, live, index):
+        seen.append(live)
+        return find(rank, live, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankScheduler, "find_prefix", spy)
+        harness.step()
+    assert len(seen) <= 1
+    harness.drain()
 
 
 # The queue

@@ -464,7 +464,7 @@ def test_integrity_names_a_slot_that_got_lost():
 def test_integrity_names_a_request_that_got_lost():
     harness = Harness()
     harness.add("a", prompt_tokens=1)
-    harness.scheduler._waiting.clear()
+    harness.scheduler._queues[-1].clear()
     with pytest.raises(IntegrityError, match="1 requests are live, but 0 run and 0 wait"):
         harness.scheduler.check_integrity()
 
