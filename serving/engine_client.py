@@ -141,9 +141,15 @@ class EngineClient:
                 finished = event.finish_reason is not None
                 yield event
         finally:
-            del self._streams[request.rid]
-            if not finished:
+            # `finish` has taken the stream away, and told the engine.
+            if self._streams.pop(request.rid, None) is not None and not finished:
                 self.abort(request.rid)
+
+    def finish(self, rid: str) -> None:
+        """Tell the engine that an answer is complete before the engine's own end: no more events
+        come, and its request is not aborted. Harmless if it is finished or the engine is gone."""
+        if self._streams.pop(rid, None) is not None and self.alive:
+            self._send(Abort(rid, finished=True))
 
     def abort(self, rid: str) -> None:
         """Tell the engine to forget a request. Harmless if it is finished or the engine is gone."""

@@ -7,12 +7,15 @@ in the compiler's one thread; what a grammar does wrong is a `GrammarError` with
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ MAX_LEXER_STATES = 50_000
 """1 to 2 KiB each; llguidance's own limit would allow a single request half a gigabyte."""
 MAX_WAIT_S = 20.0
 """How long a grammar may take to be prepared, those in front of it included."""
+CONVERTED_TEXTS = 32
+"""Converted grammars that are remembered, so that the answers of one request share the work."""
 MAX_REASON = 300
 JSON_WHITESPACE = r"[ \t\n\r]{0,64}"
 """Between the parts of a JSON text. Without an end, a model can go on with blanks for ever."""
@@ -59,6 +64,7 @@ class GrammarCompiler:
         load: makes the tokenizer, in the thread.
         vocab_size: ids of the model, padding included; None for the tokenizer's own number.
         """
+        self._converted = lru_cache(CONVERTED_TEXTS)(_to_llguidance)
         self._limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         previous = threading.stack_size(STACK_BYTES)
@@ -77,21 +83,36 @@ class GrammarCompiler:
         """Ids that a mask covers: the model's or the tokenizer's, whichever are more."""
         return int(self._tables.result().vocab_size)
 
-    def validate(self, grammar: Grammar) -> None:
-        """Raises GrammarError unless decoding can begin with this grammar."""
+    async def prepare(self, grammar: Grammar) -> float:
+        """Check that decoding can begin with this grammar; the seconds that this takes the
+        compiler's thread, for each answer anew.
+
+        No other thread waits. A caller that is cancelled takes its grammar out of the queue.
+
+        Raises:
+            GrammarError: it cannot be used, or was not prepared within MAX_WAIT_S.
+        """
+        job = self._thread.submit(self._seconds, grammar)
         try:
-            self.compile(grammar).result(MAX_WAIT_S)
+            return await asyncio.wait_for(asyncio.wrap_future(job), MAX_WAIT_S)
         except TimeoutError:
-            raise _takes_too_long(grammar) from None
+            raise GrammarError(_takes_too_long(grammar)) from None
 
     def compile(self, grammar: Grammar) -> Future[LLMatcher]:
-        """A fresh matcher that has seen no token, or its GrammarError."""
+        """A fresh matcher that has seen no token, or its GrammarError. Cancelling the future takes
+        it out of the queue."""
         return self._thread.submit(self._matcher, grammar)
+
+    def _seconds(self, grammar: Grammar) -> float:
+        self._tables.result()
+        began = time.perf_counter()
+        self._matcher(grammar)
+        return time.perf_counter() - began
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         # Never a copy of another request's matcher: copies share MAX_LEXER_STATES.
         matcher = LLMatcher(
-            self._tables.result(), _to_llguidance(grammar), log_level=0, limits=self._limits
+            self._tables.result(), self._converted(grammar), log_level=0, limits=self._limits
         )
         if not matcher.is_error():
             matcher.compute_bitmask()  # what is too complex, or matches nothing, often shows here
@@ -125,9 +146,14 @@ def _build_tables(load: Callable[[], Tokenizer], vocab_size: int | None) -> LLTo
 
 @dataclass(slots=True, kw_only=True)
 class _Constrained:
-    """One request: its matcher (or what is wrong), and the tokens that it has not seen yet."""
+    """One request: its matcher (or what is wrong), and the tokens that it has not seen yet.
+
+    Attributes:
+        since: when it began to wait for its matcher, by the set's clock.
+    """
 
     grammar: Grammar
+    since: float
     matcher: Future[LLMatcher]
     unseen: list[int]
 
@@ -135,9 +161,18 @@ class _Constrained:
 class GrammarSet:
     """Where each constrained request of an engine stands. One loop calls it."""
 
-    def __init__(self, compiler: GrammarCompiler, vocab_size: int) -> None:
-        """Args: vocab_size: ids of the model; a mask row has a bit for each."""
+    def __init__(
+        self,
+        compiler: GrammarCompiler,
+        vocab_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args:
+        vocab_size: ids of the model; a mask row has a bit for each.
+        clock: seconds.
+        """
         self._compiler = compiler
+        self._clock = clock
         self._vocab_size = vocab_size
         self._live: dict[str, _Constrained] = {}
         self._scratch = np.zeros(0, np.int32)
@@ -149,13 +184,20 @@ class GrammarSet:
 
     def start(self, rid: str, grammar: Grammar, answer: Sequence[int] = ()) -> None:
         """Begin a request, or begin it again after `answer`, its tokens so far. Never waits."""
+        self.drop(rid)
         self._live[rid] = _Constrained(
-            grammar=grammar, matcher=self._compiler.compile(grammar), unseen=list(answer)
+            grammar=grammar,
+            since=self._clock(),
+            matcher=self._compiler.compile(grammar),
+            unseen=list(answer),
         )
 
     def drop(self, rid: str) -> None:
-        """Forget a request. Harmless if it is not there."""
-        self._live.pop(rid, None)
+        """Forget a request; its grammar is not prepared if that has not begun. Harmless if the
+        request is not there."""
+        dropped = self._live.pop(rid, None)
+        if dropped is not None:
+            dropped.matcher.cancel()
 
     def __len__(self) -> int:
         return len(self._live)
@@ -166,6 +208,22 @@ class GrammarSet:
     def is_ready(self, rid: str) -> bool:
         """Whether `advance` and `fill` would not wait for the grammar to be prepared."""
         return rid not in self._live or self._live[rid].matcher.done()
+
+    def failure(self, rid: str) -> str | None:
+        """Why the request's grammar cannot be used, in a sentence: it is wrong, or was not prepared
+        within MAX_WAIT_S. None while it may be, once it is, and if the request is not there.
+        """
+        constrained = self._live.get(rid)
+        if constrained is None:
+            return None
+        if constrained.matcher.done():
+            error = constrained.matcher.exception()
+            if error is None or isinstance(error, GrammarError):
+                return None if error is None else str(error)
+            return str(_unusable(constrained.grammar.kind, str(error)))
+        if self._clock() - constrained.since > MAX_WAIT_S:
+            return _takes_too_long(constrained.grammar)
+        return None
 
     def advance(self, rid: str, token_id: int) -> None:
         """Tell what token the request drew. Nothing happens if the request is not there, or if
@@ -215,7 +273,7 @@ class GrammarSet:
         try:
             matcher = constrained.matcher.result(MAX_WAIT_S)
         except TimeoutError:
-            raise _takes_too_long(constrained.grammar) from None
+            raise GrammarError(_takes_too_long(constrained.grammar)) from None
         for token_id in constrained.unseen:
             if not matcher.is_stopped():
                 matcher.consume_token(token_id)
@@ -279,9 +337,10 @@ def _to_llguidance(grammar: Grammar) -> str:
 
 def _to_lark(text: str) -> str:
     """Lark text as it is, GBNF (its rules have ::=) converted."""
-    rules = len(re.findall(r"(?m)^\s*[\w-]+\s*::=", text))
+    # Blanks but no newlines: \s would go on over all blank lines from each of them.
+    rules = len(re.findall(r"(?m)^[ \t]*[\w-]+[ \t]*::=", text.replace("\r", "\n")))
     if not rules:
-        if re.search(r"(?m)^\s*start\s*:", text) is None:
+        if re.search(r"(?m)^[ \t]*start[ \t]*:", text) is None:
             raise GrammarError(
                 "The EBNF grammar is neither GBNF (rules written with ::=, beginning at root) nor "
                 "Lark (rules written with :, beginning at start)."
@@ -328,8 +387,8 @@ def _unusable(kind: GrammarKind, message: str) -> GrammarError:
     return GrammarError(f"The {NAMES[kind]} cannot be used: {_reason(message)}.")
 
 
-def _takes_too_long(grammar: Grammar) -> GrammarError:
-    return GrammarError(
+def _takes_too_long(grammar: Grammar) -> str:
+    return (
         f"The {NAMES[grammar.kind]} takes more than {MAX_WAIT_S:g} s to prepare: make it simpler."
     )
 

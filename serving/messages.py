@@ -27,6 +27,8 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     """Forget a request and free its pages. No further output for it follows."""
 
     rid: str
+    finished: bool = False
+    """The answer is complete (a stop string ended it): count it as finished, not as aborted."""
 
 
 class GetStatus(msgspec.Struct, tag=True, frozen=True):

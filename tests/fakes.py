@@ -90,7 +90,8 @@ def prompt_scores(prompt: Sequence[int], num_top: int) -> list[PromptScore]:
 class FakeEngine:
     """The engine's side of one connection.
 
-    `delay_s` is the time of a step; `seen` and `aborted` record what the front asked for.
+    `delay_s` is the time of a step; `seen`, `aborted` and `finished` (by a stop
+    string) record what the front asked for.
     Requests go to the slice that they name, else to slice 0 and 1 in turn; a prompt counts as
     cached, but for its last token, when the same tokens ran before under the same cache key.
     `error_at` fails a request after so many tokens, with `error_status` and `error_message`.
@@ -128,6 +129,7 @@ class FakeEngine:
         self.details = details or {"device": "fake"}
         self.seen: list[Request] = []
         self.aborted: list[str] = []
+        self.finished: list[str] = []
         self.running: dict[str, tuple[Request, list[int]]] = {}
         self.slice_of: dict[str, int] = {}
         self.counters: list[dict[str, int]] = [{}, {}]
@@ -187,10 +189,10 @@ class FakeEngine:
                 rank = request.dp_rank
                 self.slice_of[request.rid] = (len(self.seen) - 1) % 2 if rank is None else rank
                 self._wake.set()
-            case Abort(rid=rid):
-                self.aborted.append(rid)
+            case Abort(rid=rid, finished=finished):
+                (self.finished if finished else self.aborted).append(rid)
                 if self.running.pop(rid, None) is not None:
-                    self._count(rid, aborted=1)
+                    self._count(rid, **{"finished" if finished else "aborted": 1})
             case GetStatus() | GetPulse() | FlushCache() if not self.mute:
                 self._answer(message)
             case Shutdown():

@@ -85,6 +85,11 @@ class Call:
     continuous_usage: bool
     skip_special_tokens: bool
 
+    @property
+    def num_constrained(self) -> int:
+        """Answers that follow a grammar."""
+        return sum(job.sampling.grammar is not None for job in self.jobs)
+
 
 def make_call(
     state: ServerState,

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.http.calls import Call, Job, make_call
-from serving.http.constraints import checked_constraint
+from serving.http.constraints import check_constraint, constraint
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import AnswerToken, Tally, complete, generation
 from serving.http.protocol import (
@@ -51,6 +51,7 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
     body = await read_body(request, ChatBody)
     # Tokenising a long text takes seconds: other streams must not wait for it.
     call = await asyncio.to_thread(to_call, state, body, request.headers, began)
+    await check_constraint(request, body, state.grammars, num_answers=call.num_constrained)
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _chat_completion(state, call))
@@ -58,7 +59,7 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
 
 
 def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], began: float) -> Call:
-    """The checked form of a body.
+    """The checked form of a body, but for its grammar, which takes longer.
 
     Raises:
         ApiError: a value is out of range, the template refuses the messages, or conversation and
@@ -86,7 +87,7 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
         max_tokens=max_tokens,
         logprobs=logprobs,
         seeds=state.seeds,
-        grammar=checked_constraint(body, state.grammars),
+        grammar=constraint(body),
     )
     return make_call(
         state,

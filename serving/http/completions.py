@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.http.calls import Call, Job, check_num_answers, make_call
-from serving.http.constraints import checked_constraint
+from serving.http.constraints import check_constraint, constraint
 from serving.http.echo import echo_of
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import Answer, AnswerToken, Delta, Tally, complete, generation
@@ -45,6 +45,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     body = await read_body(request, CompletionBody)
     # Tokenising a long text takes seconds: other streams must not wait for it.
     call = await asyncio.to_thread(to_call, state, body, request.headers, began)
+    await check_constraint(request, body, state.grammars, num_answers=call.num_constrained)
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _completion(state, call))
@@ -54,7 +55,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
 def to_call(
     state: ServerState, body: CompletionBody, headers: Mapping[str, str], began: float
 ) -> Call:
-    """The checked form of a body.
+    """The checked form of a body, but for its grammar, which takes longer.
 
     Raises:
         ApiError: a value is out of range, or prompt and answer do not fit the model.
@@ -66,7 +67,7 @@ def to_call(
             f"logprobs must be in [0, {MAX_LOGPROBS}], got {body.logprobs}.", param="logprobs"
         )
     num = num_samples(body)
-    grammar = checked_constraint(body, state.grammars)
+    grammar = constraint(body)
     prompts = _prompts(body.prompt, state.tokenizer)
     check_num_answers(len(prompts), num)
     jobs = [job for text, ids in prompts for job in _jobs(state, body, text, ids, num, grammar)]

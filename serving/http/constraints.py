@@ -8,14 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
 
 from serving.grammar import GrammarCompiler, GrammarError
 from serving.http.errors import ApiError
 from serving.http.protocol import GenerationBody
+from serving.http.sse import unless_disconnected
 from serving.request import Grammar
 
 ANY_OBJECT = Grammar(kind="json_schema", text='{"type": "object"}')
 FORMATS = ("text", "json_object", "json_schema")
+MAX_PREPARE_S = 10.0
+"""Of all answers of one request: the grammar is prepared for each, and others wait meanwhile."""
 
 
 def constraint(body: GenerationBody) -> Grammar | None:
@@ -28,18 +32,25 @@ def constraint(body: GenerationBody) -> Grammar | None:
     return None if found is None else found[1]
 
 
-def checked_constraint(body: GenerationBody, compiler: GrammarCompiler | None) -> Grammar | None:
-    """As `constraint`, and decoding can begin with the grammar. Takes milliseconds and more.
+async def check_constraint(
+    request: Request, body: GenerationBody, compiler: GrammarCompiler | None, *, num_answers: int
+) -> None:
+    """Check that decoding can begin with the grammar of a body, if it has one.
+
+    That takes milliseconds and more. It holds no thread but the compiler's, and ends when the
+    client hangs up.
 
     Args:
         compiler: None where the server was started without constrained decoding.
+        num_answers: how many answers follow the grammar.
 
     Raises:
-        ApiError: also where the grammar is wrong or not supported.
+        ApiError: the grammar is wrong, not supported, or too slow for so many answers.
+        ClientDisconnect: nobody is waiting any more.
     """
     found = _requested(body)
     if found is None:
-        return None
+        return
     field, grammar = found
     if compiler is None:
         raise ApiError(
@@ -48,10 +59,16 @@ def checked_constraint(body: GenerationBody, compiler: GrammarCompiler | None) -
             param=field,
         )
     try:
-        compiler.validate(grammar)
+        seconds = await unless_disconnected(request.receive, compiler.prepare(grammar))
     except GrammarError as error:
         raise ApiError(str(error), param=field) from None
-    return grammar
+    if num_answers > 1 and seconds * num_answers > MAX_PREPARE_S:
+        possible = max(1, int(MAX_PREPARE_S / seconds))
+        raise ApiError(
+            f"{field} takes {seconds:.2g} s to prepare, for each of the {num_answers} answers; "
+            f"ask for at most {possible} in one request, or make it simpler.",
+            param="n" if body.n not in (None, 1) else field,
+        )
 
 
 def _requested(body: GenerationBody) -> tuple[str, Grammar] | None:

@@ -19,6 +19,9 @@ from serving.request import Request as EngineRequest
 from serving.request import SamplingParams
 
 PULSE_TIMEOUT_S = 5.0
+STUCK_S = 30.0
+"""A step loop without progress for so long counts as stuck. The longest legal step (a full prefill
+on a CPU) takes a few seconds; after --watchdog-timeout the process ends anyway."""
 HEALTH_GENERATE_TIMEOUT_S = 20.0
 RECENT_S = 1.0
 """A token that came within so many seconds proves that the engine generates."""
@@ -40,21 +43,22 @@ class AbortBody(msgspec.Struct, kw_only=True):
 async def health(state: ServerState, request: Request) -> Response:
     """200 while the engine answers and its step loop moves, else 503 with the reason.
 
-    A step loop that has made no progress for longer than --watchdog-timeout counts as stuck.
+    A step loop that has made no progress for STUCK_S (--watchdog-timeout if that is less) counts
+    as stuck.
     """
     if not state.healthy:
         return _unhealthy(_why(state))
-    try:
-        pulse = await state.engine.pulse(PULSE_TIMEOUT_S)
-    except EngineFailed as error:
-        return _unhealthy(str(error))
-    if pulse.busy_s > state.config.watchdog_timeout:
-        return _unhealthy(f"The engine has made no progress for {pulse.busy_s:.0f} s.")
+    problem = await _stuck(state)
+    if problem is not None:
+        return _unhealthy(problem)
     return json_response({"status": "ok"})
 
 
 async def health_generate(state: ServerState, request: Request) -> Response:
-    """200 if a token came a moment ago or one comes now, else 503 with the reason."""
+    """200 if a token came a moment ago or one comes now, else 503 with the reason.
+
+    A full queue takes no probe; then it is enough that the step loop moves.
+    """
     if not state.healthy:
         return _unhealthy(_why(state))
     if state.engine.silence_s > RECENT_S:
@@ -101,12 +105,25 @@ async def _try_to_generate(state: ServerState) -> str | None:
             aclosing(state.engine.generate(probe)) as events,
         ):
             async for event in events:
+                if event.finish_reason == "error" and event.status == 503:
+                    return await _stuck(state)
                 if event.finish_reason == "error":
                     return event.message or "The engine could not generate."
     except TimeoutError:
         return f"The engine generated nothing within {HEALTH_GENERATE_TIMEOUT_S:g} s."
     except EngineFailed as error:
         return str(error)
+    return None
+
+
+async def _stuck(state: ServerState) -> str | None:
+    """What is wrong with the engine's step loop, None if it moves."""
+    try:
+        pulse = await state.engine.pulse(PULSE_TIMEOUT_S)
+    except EngineFailed as error:
+        return str(error)
+    if pulse.busy_s > min(STUCK_S, state.config.watchdog_timeout):
+        return f"The engine has made no progress for {pulse.busy_s:.0f} s."
     return None
 
 

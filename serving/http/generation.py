@@ -176,6 +176,8 @@ async def _deltas(
             text, reason, matched = decoder.push(event)
             if reason is not None and reason != "abort":
                 timer.end(state.timer())
+                if event.finish_reason is None:  # a stop string, which the engine does not know
+                    state.engine.finish(request.rid)
             if text or reason is not None:
                 yield Delta(
                     index=index,

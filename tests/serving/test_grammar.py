@@ -4,8 +4,12 @@ Draws are uniform over the allowed tokens, which goes where no model would; afte
 of strings and of the answer are preferred, so that every answer ends.
 """
 
+import asyncio
+import contextlib
 import json
 import re
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,14 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from serving.config import DEMO_MODEL_PATH, ServerConfig
-from serving.grammar import GrammarCompiler, GrammarError, GrammarSet, make_grammar_set
+from serving.grammar import (
+    MAX_CHARS,
+    MAX_WAIT_S,
+    GrammarCompiler,
+    GrammarError,
+    GrammarSet,
+    make_grammar_set,
+)
 from serving.request import Grammar
 from serving.tokenizer import Tokenizer, TokenizerError
 
@@ -73,6 +84,10 @@ def drawers():
 @pytest.fixture(scope="module")
 def demo(drawers):
     return drawers["demo"]
+
+
+def validate(compiler, grammar):
+    return asyncio.run(compiler.prepare(grammar))
 
 
 def schema(value):
@@ -388,7 +403,7 @@ BAD = [
 @pytest.mark.parametrize(("grammar", "named"), BAD, ids=[f"{g.text[:30]!r}" for g, _ in BAD])
 def test_what_cannot_be_used_is_one_sentence(demo, grammar, named):
     with pytest.raises(GrammarError) as caught:
-        demo.compiler.validate(grammar)
+        validate(demo.compiler, grammar)
     message = str(caught.value)
     assert named in message
     assert "\n" not in message
@@ -408,10 +423,44 @@ def test_what_cannot_be_used_is_one_sentence(demo, grammar, named):
 )  # fmt: skip
 def test_deep_grammars_do_not_end_the_process(demo, grammar):
     try:
-        demo.compiler.validate(grammar)
+        validate(demo.compiler, grammar)
     except GrammarError:
         return
     assert len(demo.draw(grammar, 0)) >= 1
+
+
+LINES = {
+    "blank lines": "\n" * 32_700,
+    "carriage returns": "\r" * 32_700,
+    "spaces": " " * 32_700,
+    "lines of spaces": (" " * 320 + "\n") * 100,
+    "dashes": "-" * 32_700,
+    "a name and spaces": "a" + " " * 32_700,
+    "names": "a-" * 16_350,
+    "GBNF, blank lines": 'root ::= "a"\n' + "\n" * 32_700,
+    "GBNF, spaces": 'root ::= "a"' + " " * 32_700,
+    "GBNF, dashes": "root ::= " + "-" * 32_700,
+    "GBNF, comments": 'root ::= "a"\n' + "#\n" * 16_300,
+    "GBNF, backslashes": 'root ::= "' + "\\" * 32_700 + '"',
+    "Lark, blank lines": 'start: "a"\n' + "\n" * 32_700,
+    "Lark, spaces": 'start: "a"' + " " * 32_700,
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_no_text_takes_the_square_of_its_length(demo, name):
+    assert len(LINES[name]) <= MAX_CHARS["ebnf"]
+    began = time.perf_counter()
+    with contextlib.suppress(GrammarError):
+        validate(demo.compiler, ebnf(LINES[name]))
+    assert time.perf_counter() - began < 3  # 0.2 s on a quiet machine
+
+
+def test_rules_are_counted_however_lines_end(demo):
+    for end in ("\n", "\r", "\r\n"):
+        text = end.join(f'r{i}::="b"' for i in range(1001))
+        with pytest.raises(GrammarError, match="has 1001 rules; at most 1000"):
+            validate(demo.compiler, ebnf(text))
 
 
 def test_an_answer_that_makes_the_grammar_too_complex_fails_alone(demo, monkeypatch):
@@ -486,6 +535,111 @@ def test_a_request_can_begin_again_after_its_answer(demo):
         assert list(demo.allowed("whole")) == list(demo.allowed("again"))
 
 
+class Blocked:
+    """A compiler whose thread is busy until `go_on`, and a clock that a test sets."""
+
+    def __init__(self, tokenizer):
+        self.now, self._gate = 0.0, threading.Event()
+        self.compiler = GrammarCompiler(lambda: self._load(tokenizer))
+        self.grammars = GrammarSet(self.compiler, 4096, clock=lambda: self.now)
+
+    def _load(self, tokenizer):
+        assert self._gate.wait(30)
+        return tokenizer
+
+    def go_on(self):
+        self._gate.set()
+
+    def until_ready(self, *rids):
+        deadline = time.monotonic() + 20
+        while not all(map(self.grammars.is_ready, rids)):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+
+def test_a_grammar_that_is_wrong_is_told_without_waiting(demo):
+    blocked = Blocked(demo.tokenizer)
+    for rid, text in (("good", "a"), ("bad", "(")):
+        blocked.grammars.start(rid, regex(text))
+        assert not blocked.grammars.is_ready(rid)
+        assert blocked.grammars.failure(rid) is None
+    blocked.go_on()
+    blocked.until_ready("good", "bad")
+    assert blocked.grammars.failure("good") is None
+    failure = blocked.grammars.failure("bad")
+    assert failure == "The regular expression cannot be used: unclosed group."
+    assert blocked.grammars.failure("gone") is None
+
+
+def test_a_grammar_that_waits_too_long_is_told(demo):
+    blocked = Blocked(demo.tokenizer)
+    blocked.grammars.start("a", regex("a"))
+    blocked.now = MAX_WAIT_S
+    assert blocked.grammars.failure("a") is None
+    blocked.now += 1
+    blocked.grammars.start("b", regex("a"))
+    assert blocked.grammars.failure("a") == (
+        "The regular expression takes more than 20 s to prepare: make it simpler."
+    )
+    assert blocked.grammars.failure("b") is None
+    blocked.go_on()
+    blocked.until_ready("a")
+    assert blocked.grammars.failure("a") is None
+
+
+def test_a_dropped_request_leaves_the_queue_of_the_compiler(demo, monkeypatch):
+    read = []
+    monkeypatch.setattr("serving.grammar._to_llguidance", lambda grammar: read.append(grammar))
+    blocked = Blocked(demo.tokenizer)
+    for rid in ("a", "b", "c"):
+        blocked.grammars.start(rid, regex(rid))
+    blocked.grammars.drop("a")
+    blocked.grammars.drop("b")
+    blocked.grammars.start("c", regex("d"))  # begins again
+    blocked.go_on()
+    blocked.until_ready("c")
+    assert read == [regex("d")]
+
+
+def test_a_check_that_is_cancelled_leaves_the_queue_of_the_compiler(demo, monkeypatch):
+    read = []
+    monkeypatch.setattr("serving.grammar._to_llguidance", lambda grammar: read.append(grammar))
+    blocked = Blocked(demo.tokenizer)
+
+    async def check():
+        leaving = asyncio.create_task(blocked.compiler.prepare(regex("a")))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        monkeypatch.setattr("serving.grammar.MAX_WAIT_S", 0.01)
+        with pytest.raises(GrammarError, match="takes more than"):
+            await blocked.compiler.prepare(regex("b"))
+
+    asyncio.run(check())
+    blocked.grammars.start("c", regex("c"))
+    blocked.go_on()
+    blocked.until_ready("c")
+    assert read == [regex("c")]
+
+
+def test_one_conversion_serves_every_answer_but_matchers_are_their_own(demo, monkeypatch):
+    from serving.grammar import _to_llguidance
+
+    read = []
+
+    def counting(grammar):
+        read.append(grammar)
+        return _to_llguidance(grammar)
+
+    monkeypatch.setattr("serving.grammar._to_llguidance", counting)
+    compiler = GrammarCompiler(lambda: demo.tokenizer)
+    grammar = ebnf('root ::= "a" | "b"')
+    matchers = [compiler.compile(grammar).result(20) for _ in range(3)]
+    assert len({id(matcher) for matcher in matchers}) == 3
+    assert read == [grammar]
+
+
 def test_requests_with_one_grammar_do_not_share_their_place(demo):
     (a,) = (t for t in range(4096) if demo.tokenizer.token_bytes(t) == b"a")
     demo.grammars.start("1", regex("ab"))
@@ -546,14 +700,14 @@ def test_a_tokenizer_that_is_not_understood_is_one_sentence():
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     compiler = GrammarCompiler(lambda: make_tokenizer(fast))
     with pytest.raises(GrammarError, match="cannot use this model's tokenizer"):
-        compiler.validate(regex("a"))
+        validate(compiler, regex("a"))
 
 
 def test_a_tokenizer_without_an_end_is_one_sentence(demo):
     fast = FastTokenizer.from_file(str(DEMO_MODEL_PATH / "tokenizer.json"))
     compiler = GrammarCompiler(lambda: make_tokenizer(fast, eos=None))
     with pytest.raises(GrammarError, match="end-of-sequence"):
-        compiler.validate(regex("a"))
+        validate(compiler, regex("a"))
 
 
 def test_a_missing_tokenizer_fails_the_requests_that_need_it(tmp_path):

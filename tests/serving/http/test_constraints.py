@@ -1,6 +1,8 @@
 """The fields that constrain an answer: what reaches the engine, and what is refused by name."""
 
+import asyncio
 import json
+import threading
 
 import msgspec
 import pytest
@@ -136,5 +138,82 @@ def test_without_a_backend_the_field_is_refused():
                 assert "ebnf needs constrained decoding" in response.json()["message"]
                 assert response.json()["param"] == "ebnf"
             assert engine.seen == []
+
+    run(main)
+
+
+def test_a_slow_grammar_holds_no_thread_and_leaves_with_its_client(monkeypatch):
+    """More slow grammars than the executor has threads: an ordinary request passes them."""
+    gate, read = threading.Event(), []
+
+    def load():
+        assert gate.wait(20)
+        return TOKENIZER
+
+    monkeypatch.setattr("serving.grammar._to_llguidance", lambda grammar: read.append(grammar))
+    compiler = GrammarCompiler(load)
+
+    async def main():
+        async with serving(FakeEngine(), grammars=compiler) as (http, _, engine):
+            url, base = URLS[0]
+            slow = [
+                asyncio.create_task(http.post(url, json=base | {"regex": str(i)}))
+                for i in range(100)
+            ]
+            await asyncio.sleep(0.2)
+            for url, base in URLS:
+                response = await asyncio.wait_for(http.post(url, json=base), 5)
+                assert response.status_code == 200, response.text
+            assert len(engine.seen) == 2
+            assert not any(task.done() for task in slow)
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+
+    run(main)
+    gate.set()
+    compiler.compile(Grammar(kind="regex", text="last")).exception(20)
+    assert read == [Grammar(kind="regex", text="last")]
+
+
+def test_a_grammar_that_takes_too_long_is_a_400(monkeypatch):
+    monkeypatch.setattr("serving.grammar.MAX_WAIT_S", 0.05)
+    gate = threading.Event()
+    compiler = GrammarCompiler(lambda: gate.wait(20) and TOKENIZER)
+
+    async def main():
+        async with serving(FakeEngine(), grammars=compiler) as (http, _, engine):
+            response = await http.post(URLS[0][0], json=URLS[0][1] | {"regex": "a"})
+            assert response.status_code == 400
+            assert "takes more than 0.05 s to prepare" in response.json()["message"]
+            assert response.json()["param"] == "regex"
+            assert engine.seen == []
+
+    run(main)
+    gate.set()
+
+
+def test_a_slow_grammar_for_many_answers_is_refused(compiler, monkeypatch):
+    async def takes_a_second(grammar):
+        return 1.0
+
+    monkeypatch.setattr(compiler, "prepare", takes_a_second)
+
+    async def main():
+        async with serving(FakeEngine(), grammars=compiler) as (http, _, engine):
+            for url, base in URLS:
+                response = await http.post(url, json=base | {"regex": "a", "n": 10})
+                assert response.status_code == 200, response.text
+                response = await http.post(url, json=base | {"regex": "a", "n": 11})
+                assert response.status_code == 400
+                assert response.json()["param"] == "n"
+                assert response.json()["message"] == (
+                    "regex takes 1 s to prepare, for each of the 11 answers; ask for at most 10 "
+                    "in one request, or make it simpler."
+                )
+            prompts = {"prompt": [[5]] * 11, "regex": "a"}
+            response = await http.post("/v1/completions", json=prompts)
+            assert response.json()["param"] == "regex"
+            assert len(engine.seen) == 20
 
     run(main)
