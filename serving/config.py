@@ -149,9 +149,11 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
+_Group = argparse._ArgumentGroup
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `scripts/serve.py`. Flag names are SGLang's where it has one."""
-    default = ServerConfig()
     parser = _Parser(
         prog="serve.py",
         description="Serve an MLA + MoE model over HTTP from a (dp, ep, tp) mesh of devices.",
@@ -163,17 +165,29 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
-    def add(group: Any, *names: str, **options: Any) -> None:
-        dest = options.get("dest") or names[0].lstrip("-").replace("-", "_")
-        known = {f.name for f in fields(ServerConfig)}
-        if dest in known and "action" not in options:
-            options.setdefault("default", None)
-            if getattr(default, dest) is not None:
-                options["help"] += f" (default: {getattr(default, dest)})"
-        group.add_argument(*names, **options)
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_layout_flags(parser.add_argument_group("layout"))
+    _add_batching_flags(parser.add_argument_group("memory and batching"))
+    _add_scheduling_flags(parser.add_argument_group("scheduling"))
+    _add_http_flags(parser.add_argument_group("HTTP"))
+    _add_hosts_flags(parser.add_argument_group("several hosts"))
+    return parser
 
-    group = parser.add_argument_group("model")
-    add(
+
+def _add(group: _Group, *names: str, **options: Any) -> None:
+    """Add a flag; one of `ServerConfig` defaults to None ("not given") and shows its default."""
+    dest = options.get("dest") or names[0].lstrip("-").replace("-", "_")
+    known = {f.name for f in fields(ServerConfig)}
+    if dest in known and "action" not in options:
+        options.setdefault("default", None)
+        default = getattr(ServerConfig(), dest)
+        if default is not None:
+            options["help"] += f" (default: {default})"
+    group.add_argument(*names, **options)
+
+
+def _add_model_flags(group: _Group) -> None:
+    _add(
         group,
         "--model-path",
         "--model",
@@ -181,43 +195,45 @@ def make_parser() -> argparse.ArgumentParser:
         "scripts/convert_checkpoint.py), or a GGUF file; "
         "without it the bundled demo model is served on every device there is",
     )
-    add(group, "--tokenizer-path", help="folder with tokenizer.json, if not the model's")
-    add(group, "--served-model-name", help="model name in the API")
-    add(
+    _add(group, "--tokenizer-path", help="folder with tokenizer.json, if not the model's")
+    _add(group, "--served-model-name", help="model name in the API")
+    _add(
         group,
         "--load-format",
         choices=("auto", "safetensors", "gguf", "orbax", "dummy"),
         help="auto: by what --model-path is; dummy draws random weights that route evenly (for "
         "benchmarks)",
     )
-    add(
+    _add(
         group,
         "--dtype",
         choices=("auto", "bfloat16", "float16", "float32"),
         help="weights, activations and KV cache; auto: float32 on CPU, else bfloat16",
     )
-    add(
+    _add(
         group,
         "--fp8-weights",
         choices=("keep", "dequantize"),
         help="weights of a block-FP8 checkpoint: stay in FP8 on the devices (half the memory), or "
         "become --dtype while loading",
     )
-    add(
+    _add(
         group,
         "--kv-cache-dtype",
         choices=("auto", "bfloat16", "fp8_e4m3"),
         help="auto: that of --dtype; fp8_e4m3 holds twice the tokens of bfloat16, less exactly",
     )
-    add(
+    _add(
         group,
         "--context-length",
         type=int,
         help="most tokens of prompt and answer together; default: the model's",
     )
-    add(group, "--chat-template", help="file with a Jinja template, instead of the model's")
-    group = parser.add_argument_group("layout")
-    add(
+    _add(group, "--chat-template", help="file with a Jinja template, instead of the model's")
+
+
+def _add_layout_flags(group: _Group) -> None:
+    _add(
         group,
         "--tp-size",
         "--tp",
@@ -226,7 +242,7 @@ def make_parser() -> argparse.ArgumentParser:
         dest="tp_size",
         help="the whole group of devices",
     )
-    add(
+    _add(
         group,
         "--dp-size",
         "--dp",
@@ -236,7 +252,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --enable-dp-attention: attention groups inside the tp devices, each with its "
         "own KV cache and batch",
     )
-    add(
+    _add(
         group,
         "--attn-dp-size",
         "--attention-data-parallel-size",
@@ -249,7 +265,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="data-parallel attention: cut requests, not heads, over --dp-size",
     )
-    add(
+    _add(
         group,
         "--ep-size",
         "--ep",
@@ -258,153 +274,159 @@ def make_parser() -> argparse.ArgumentParser:
         dest="ep_size",
         help="spread the experts over this many groups of the same devices",
     )
-    add(
+    _add(
         group,
         "--moe-a2a-backend",
         choices=MOE_A2A_BACKENDS,
         help="how tokens reach their experts: none = all-gather and reduce-scatter, all_to_all = "
         "each token once to every device that holds one of its experts; deepep means all_to_all",
     )
-    add(
+    _add(
         group,
         "--device",
         choices=("auto", "cpu", "cuda", "tpu"),
         help="cpu emulates the devices of the mesh",
     )
-    group = parser.add_argument_group("memory and batching")
-    add(
+
+
+def _add_batching_flags(group: _Group) -> None:
+    _add(
         group,
         "--mem-fraction-static",
         type=float,
         help="share of a device's memory for weights, programs and KV pool",
     )
-    add(
+    _add(
         group,
         "--max-total-tokens",
         type=int,
         help="KV tokens of one slice's pool, instead of "
         "what memory allows (on CPU without this flag: 256 MiB a device)",
     )
-    add(group, "--page-size", type=int, help="KV tokens in one page")
-    add(
+    _add(group, "--page-size", type=int, help="KV tokens in one page")
+    _add(
         group,
         "--max-running-requests",
         type=int,
         help="most requests running at once, over all "
         "slices; default: the largest decode bucket for every slice",
     )
-    add(
+    _add(
         group,
         "--chunked-prefill-size",
         type=int,
         help="most prompt tokens in one step, divided "
         "by --dp-size under DPA; default: the largest extend bucket for every slice",
     )
-    add(
+    _add(
         group,
         "--max-queued-requests",
         type=int,
         help="most requests waiting; beyond, 503. Default: no limit",
     )
-    add(
+    _add(
         group,
         "--disable-radix-cache",
         action="store_true",
         help="forget a request's KV cache when it ends: no prefix is ever reused",
     )
-    add(
+    _add(
         group,
         "--decode-buckets",
         type=_sizes,
         help="batch sizes (per slice) that decode "
         "programs are compiled for, as 1,8,32; default by device",
     )
-    add(
+    _add(
         group,
         "--extend-buckets",
         type=_sizes,
         help="prompt tokens (per slice) that prefill "
         "programs are compiled for, as 128,512; default by device",
     )
-    add(
+    _add(
         group,
         "--random-seed",
         type=int,
         help="seed for requests that bring none (and for dummy weights); default: a fresh one",
     )
-    add(
+    _add(
         group,
         "--compilation-cache-dir",
         help="where compiled programs are kept between starts; "
         f"default: {default_compilation_cache_dir()}".replace(os.path.expanduser("~"), "~"),
     )
-    group = parser.add_argument_group("scheduling")
-    add(
+
+
+def _add_scheduling_flags(group: _Group) -> None:
+    _add(
         group,
         "--schedule-policy",
         choices=SCHEDULE_POLICIES,
         help="who starts first among requests of equal priority: fcfs = first come, lpm = longest "
         "prefix in the cache",
     )
-    add(
+    _add(
         group,
         "--load-balance-method",
         choices=LOAD_BALANCE_METHODS,
         help="which slice runs a request: cache_aware (which auto means) weighs the prefix that a "
         "slice holds against its load; total_requests, total_tokens = least of them; round_robin",
     )
-    add(
+    _add(
         group,
         "--prefill-decode-interval",
         type=int,
         help="decode steps that must follow a step with prefill, while anything decodes",
     )
-    add(
+    _add(
         group,
         "--enable-prefill-delayer",
         action="store_true",
         help="hold prefill back until every slice has some, so that they do it in the same step",
     )
-    add(
+    _add(
         group,
         "--prefill-delayer-max-delay-passes",
         type=int,
         help="steps that --enable-prefill-delayer may hold prefill back",
     )
-    add(
+    _add(
         group,
         "--disable-overlap-schedule",
         action="store_true",
         help="plan a step only when the tokens of the step before are known",
     )
-    add(
+    _add(
         group,
         "--enable-deterministic-inference",
         action="store_true",
         help="a request gets the same bits whatever else runs, on whichever slice; slower",
     )
-    add(
+    _add(
         group,
         "--grammar-backend",
         choices=GRAMMAR_BACKENDS,
         help="what enforces JSON schemas, regular expressions and grammars; none refuses them",
     )
-    add(
+    _add(
         group,
         "--watchdog-timeout",
         type=float,
         help="seconds that one step may take before the server gives up",
     )
-    add(
+    _add(
         group,
         "--decode-log-interval",
         type=int,
         help="steps between two lines of the log that say what each slice does",
     )
-    group = parser.add_argument_group("HTTP")
-    add(group, "--host", help="address to listen on")
-    add(group, "--port", type=int, help="port to listen on")
-    add(group, "--log-level", choices=("debug", "info", "warning", "error"), help="log level")
+
+
+def _add_http_flags(group: _Group) -> None:
+    _add(group, "--host", help="address to listen on")
+    _add(group, "--port", type=int, help="port to listen on")
+    _add(group, "--log-level", choices=("debug", "info", "warning", "error"), help="log level")
     group.add_argument(
         "--enable-metrics",
         action="store_true",
@@ -415,10 +437,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accepted and always on: usage.prompt_tokens_details tells the cached tokens",
     )
-    group = parser.add_argument_group("several hosts")
+
+
+def _add_hosts_flags(group: _Group) -> None:
     group.add_argument("--nnodes", type=int, default=1, help="only 1 works so far")
     group.add_argument("--node-rank", type=int, default=0, help="only 0 works so far")
-    return parser
 
 
 def parse_args(argv: list[str]) -> ServerConfig:

@@ -261,7 +261,8 @@ class EngineClient:
     def _dispatch(self, message: ToFront) -> None:
         match message:
             case StepOutput(events=events):
-                self._last_output = time.monotonic()
+                if any(event.token_id is not None for event in events):  # a refusal proves nothing
+                    self._last_output = time.monotonic()
                 for event in events:
                     # Events of a request aborted a moment ago may still be on their way.
                     if queue := self._streams.get(event.rid):

@@ -134,6 +134,7 @@ class FakeEngine:
         self.slice_of: dict[str, int] = {}
         self.counters: list[dict[str, int]] = [{}, {}]
         self.cache: set[tuple[str, tuple[int, ...]]] = set()
+        self.grammar_queue = 0
         self.steps = 0
         self.shut_down = False
         self._wake = asyncio.Event()
@@ -220,6 +221,7 @@ class FakeEngine:
             waiting_tokens=sum(len(c) for _, c in self.running.values()) if self.hold else 0,
             steps=self.steps,
             recompilations=0,
+            grammar_queue=self.grammar_queue,
             slices=[self._slice_status(i) for i in range(2)],
             step_seconds={"decode": 1.5, "extend": 0.5},
             prefilling_slices=[3, 1, 0],

@@ -18,6 +18,8 @@ from serving.request import SamplingParams
 
 MAX_ANSWERS = 4096
 """Prompts times `n`: the most answers of one HTTP request."""
+MAX_PROMPT_TOKENS = 1 << 22
+"""Of all answers of one HTTP request: each of them brings its whole prompt to the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,4 +135,20 @@ def check_num_answers(num_prompts: int, num: int) -> None:
             f"{num_prompts} prompts with n = {num} make {num_prompts * num} answers; one request "
             f"may ask for {MAX_ANSWERS}.",
             param="n",
+        )
+
+
+def check_num_tokens(num_prompt_tokens: int, num_prompts: int, num: int, *, param: str) -> None:
+    """Raises ApiError if prompts of so many tokens together, with `num` answers each, are too much
+    for one request. A single answer is bounded by the context alone.
+
+    Args:
+        param: the field of the prompts.
+    """
+    total = num_prompt_tokens * num
+    if num_prompts * num > 1 and total > MAX_PROMPT_TOKENS:
+        raise ApiError(
+            f"{param} has {num_prompt_tokens} tokens, with n = {num} that makes {total} prompt "
+            f"tokens over all answers; one request may bring {MAX_PROMPT_TOKENS}.",
+            param="n" if num > 1 else param,
         )

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serving.http.calls import Call, Job, make_call
+from serving.http.calls import Call, Job, check_num_tokens, make_call
 from serving.http.constraints import check_constraint, constraint
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import AnswerToken, Tally, complete, generation
@@ -74,6 +74,8 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
         raise ApiError(str(error), param="messages") from None
     context = state.engine.ready.max_context_tokens
     check_prompt(prompt, vocab_size=state.tokenizer.vocab_size, context=context, param="messages")
+    num = num_samples(body)
+    check_num_tokens(len(prompt), 1, num, param="messages")
     max_tokens = context - len(prompt)
     for name in ("max_tokens", "max_completion_tokens"):
         given: int | None = getattr(body, name)
@@ -89,16 +91,14 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
         seeds=state.seeds,
         grammar=constraint(body),
     )
+    ids = tuple(prompt)
     return make_call(
         state,
         body,
         headers,
         began=began,
         id_prefix="chatcmpl",
-        jobs=[
-            Job(prompt=tuple(prompt), sampling=sample)
-            for sample in samples(sampling, num_samples(body))
-        ],
+        jobs=[Job(prompt=ids, sampling=sample) for sample in samples(sampling, num)],
         logprobs=logprobs,
     )
 

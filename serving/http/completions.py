@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serving.http.calls import Call, Job, check_num_answers, make_call
+from serving.http.calls import Call, Job, check_num_answers, check_num_tokens, make_call
 from serving.http.constraints import check_constraint, constraint
 from serving.http.echo import echo_of
 from serving.http.errors import ApiError, json_response
@@ -70,6 +70,8 @@ def to_call(
     grammar = constraint(body)
     prompts = _prompts(body.prompt, state.tokenizer)
     check_num_answers(len(prompts), num)
+    num_tokens = sum(len(ids) for _, ids in prompts)
+    check_num_tokens(num_tokens, len(prompts), num, param="prompt")
     jobs = [job for text, ids in prompts for job in _jobs(state, body, text, ids, num, grammar)]
     return make_call(
         state,
@@ -99,6 +101,13 @@ def _jobs(
             "max_tokens must be positive, got 0 (which is possible with echo).", param="max_tokens"
         )
     max_tokens = 1 if score_only else max_tokens
+    if score_only and len(prompt) == context:
+        raise ApiError(
+            f"The input ({len(prompt)} tokens) fills the model's context length: scoring with "
+            "max_tokens 0 needs room for one token that is generated and dropped, so that at most "
+            f"{context - 1} prompt tokens are possible.",
+            param="prompt",
+        )
     check_prompt(prompt, vocab_size=tokenizer.vocab_size, context=context, param="prompt")
     check_max_tokens(max_tokens, num_prompt=len(prompt), context=context, param="max_tokens")
     sampling = sampling_params(
@@ -121,8 +130,9 @@ def _jobs(
             skip_special_tokens=body.skip_special_tokens is not False,
             with_offsets=body.logprobs is not None,
         )
+    ids = tuple(prompt)
     return [
-        Job(prompt=tuple(prompt), sampling=sample, echo=echo, score_only=score_only)
+        Job(prompt=ids, sampling=sample, echo=echo, score_only=score_only)
         for sample in samples(sampling, num)
     ]
 

@@ -82,6 +82,16 @@ SLICE_COUNTERS: tuple[SliceCounter, ...] = (
         "Requests sent back to the queue.",
         lambda c: c.retracted,
     ),
+    (
+        "num_retracted_input_tokens",
+        "Prompt tokens of requests sent back to the queue.",
+        lambda c: c.retracted_input_tokens,
+    ),
+    (
+        "num_retracted_output_tokens",
+        "Generated tokens of requests sent back to the queue.",
+        lambda c: c.retracted_output_tokens,
+    ),
     ("evicted_tokens", "KV tokens evicted from the prefix cache.", lambda c: c.evicted_tokens),
 )
 
@@ -129,6 +139,11 @@ class EngineCollector(Collector):
             "num_queue_reqs",
             'Waiting requests; those that any slice may run have dp_rank "any".',
             [*queued, ("any", central_queue(self._status))],
+        )
+        yield self._gauge(
+            "num_grammar_queue_reqs",
+            "Requests whose grammar is being prepared, before they are queued.",
+            [("any", self._status.grammar_queue)],
         )
         rates = [(part.dp_rank, self._loads.rates(part.dp_rank)) for part in slices]
         yield self._gauge(

@@ -1,7 +1,8 @@
 """How loaded each dp slice is: watched over time, and told on /v1/loads and /get_load.
 
-The central queue belongs to no slice. Where an answer lists slices only, each is given an equal
-share of it (the first ones the remainder), so that sums over slices are right.
+The central queue and the requests whose grammar is being prepared belong to no slice. Where an
+answer lists slices only, each is given an equal share of them (the first ones the remainder), so
+that sums over slices are right.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ def _load(
     state: ServerState, status: EngineStatus, index: int, sections: set[str]
 ) -> dict[str, Any]:
     part = status.slices[index]
-    waiting = part.waiting + share(central_queue(status), index, len(status.slices))
+    unplaced = central_queue(status) + status.grammar_queue
+    waiting = part.waiting + share(unplaced, index, len(status.slices))
     load: dict[str, Any] = {
         "dp_rank": part.dp_rank,
         "timestamp": state.clock(),

@@ -63,6 +63,13 @@ def test_finished_requests_are_not_aborted_and_left_ones_are():
             task.cancel()
             await until(lambda: not engine.running)
             assert engine.aborted == ["left", "cancelled"]
+            async with aclosing(client.generate(make_request("enough", (1,), 200))) as events:
+                await anext(events)
+                client.finish("enough")
+            await until(lambda: not engine.running)
+            assert engine.finished == ["enough"]
+            assert engine.aborted == ["left", "cancelled"]
+            client.finish("enough")  # harmless
             assert client.num_open == 0
 
     asyncio.run(main())

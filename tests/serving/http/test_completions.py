@@ -219,7 +219,7 @@ def test_eos_ends_the_answer_without_its_text():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_stop_string_across_borders_cuts_and_aborts(stream):
+def test_stop_string_across_borders_cuts_and_finishes(stream):
     async def main():
         text = "Once upon a time there was"
         fake = FakeEngine(next_token=scripted(tokens(text), 1), delay_s=0.001)
@@ -235,7 +235,7 @@ def test_stop_string_across_borders_cuts_and_aborts(stream):
                 got = last["text"]
             assert got == "Once upon a ti"
             assert (last["finish_reason"], last["matched_stop"]) == ("stop", "me the")
-            while not engine.aborted:
+            while not engine.finished:
                 await asyncio.sleep(0.005)
             assert not engine.running
 

@@ -1,6 +1,7 @@
 """Health, flushing, aborting, loads, and the engine's refusals as statuses."""
 
 import asyncio
+import dataclasses
 import json
 
 import httpx
@@ -44,6 +45,11 @@ def test_health_asks_the_engine(monkeypatch):
             response = await http.get("/health")
             assert response.status_code == 503
             assert response.json()["message"] == "The engine has made no progress for 11 s."
+            # Far above what any legal step takes.
+            state.config = dataclasses.replace(state.config, watchdog_timeout=300.0)
+            for busy_s, status in ((29.0, 200), (31.0, 503)):
+                engine.busy_s = busy_s
+                assert (await http.get("/health")).status_code == status
             engine.busy_s = None
             response = await http.get("/health")
             assert response.status_code == 503
@@ -97,6 +103,20 @@ def test_health_generate_of_a_stuck_engine(monkeypatch):
             response = await http.get("/health_generate")
             assert response.status_code == 503
             assert response.json()["message"] == "The fake engine has had it."
+
+    run(main)
+
+
+def test_health_generate_of_a_full_queue_asks_whether_the_steps_go_on():
+    async def main():
+        full = FakeEngine(error_at=0, error_status=503, error_message=None)
+        async with serving(full) as (http, _, engine):
+            engine.busy_s = 3.0
+            assert (await http.get("/health_generate")).status_code == 200
+            engine.busy_s = 31.0
+            response = await http.get("/health_generate")
+            assert response.status_code == 503
+            assert response.json()["message"] == "The engine has made no progress for 31 s."
 
     run(main)
 
@@ -294,6 +314,12 @@ def test_loads_share_the_central_queue_out():
             assert [load["num_waiting_reqs"] for load in loads] == [2, 1]
             assert [load["queues"]["waiting"] for load in loads] == [2, 1]
             assert [load["num_waiting_uncached_tokens"] for load in loads] == [3, 3]
+            engine.grammar_queue = 2  # they wait for their grammars, and then for their turn
+            told = (await http.get("/v1/loads")).json()["loads"]
+            assert [load["num_waiting_reqs"] for load in told] == [3, 2]
+            told = (await http.get("/get_load")).json()
+            assert [load["num_waiting_reqs"] for load in told] == [3, 2]
+            engine.grammar_queue = 0
             old = (await http.get("/get_load")).json()
             assert [
                 (load["dp_rank"], load["num_reqs"], load["num_waiting_reqs"], load["num_tokens"])

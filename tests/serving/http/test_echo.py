@@ -219,3 +219,19 @@ def test_an_engine_that_does_not_score_is_an_error():
             assert response.json()["message"] == "The engine did not score the prompt."
 
     run(main)
+
+
+def test_scoring_needs_room_for_one_token():
+    async def main():
+        async with serving(FakeEngine(max_context_tokens=8)) as (http, _, _engine):
+            body = {"echo": True, "logprobs": 0, "max_tokens": 0}
+            (choice,) = await post(http, prompt=[5] * 7, **body)
+            assert len(choice["logprobs"]["tokens"]) == 7
+            response = await http.post(URL, json=body | {"prompt": [5] * 8})
+            assert response.status_code == 400
+            assert response.json()["param"] == "prompt"
+            assert "at most 7 prompt tokens are possible" in response.json()["message"]
+            response = await http.post(URL, json=body | {"prompt": [5] * 9})
+            assert "is longer than the model's context length" in response.json()["message"]
+
+    run(main)

@@ -50,7 +50,8 @@ def test_engine_metrics():
             for _ in range(2):
                 body = {"prompt": [5, 6, 7], "max_tokens": 4, "routed_dp_rank": 1}
                 assert (await http.post(URL, json=body)).is_success
-            engine.hold = True
+            engine.hold, engine.grammar_queue = True, 2
+            engine.counters[1] |= {"retracted_input_tokens": 30, "retracted_output_tokens": 12}
             waiting = asyncio.create_task(http.post(URL, json={"prompt": [5, 6]}))
             while not engine.running:
                 await asyncio.sleep(0.005)
@@ -60,6 +61,7 @@ def test_engine_metrics():
                 ("num_queue_reqs", "0"): 0,
                 ("num_queue_reqs", "1"): 0,
                 ("num_queue_reqs", "any"): 1,
+                ("num_grammar_queue_reqs", "any"): 2,
                 ("num_used_tokens", "0"): 0,
                 ("token_usage", "1"): 0,
                 ("kv_available_tokens", "0"): 4096 - 64,
@@ -81,6 +83,9 @@ def test_engine_metrics():
                 ("num_requests_total", "0"): 0,
                 ("num_aborted_requests_total", "1"): 0,
                 ("num_retracted_requests_total", "1"): 0,
+                ("num_retracted_input_tokens_total", "1"): 30,
+                ("num_retracted_output_tokens_total", "1"): 12,
+                ("num_retracted_output_tokens_total", "0"): 0,
                 ("realtime_tokens_total", "1", "prefill_compute"): 4,
                 ("realtime_tokens_total", "1", "prefill_cache"): 2,
                 ("realtime_tokens_total", "1", "decode"): 8,

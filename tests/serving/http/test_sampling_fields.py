@@ -6,6 +6,7 @@ import json
 import openai
 import pytest
 
+from serving.http import calls
 from serving.http.sampling import SamplingDefaults
 from tests.fakes import FakeEngine, answer, scripted
 from tests.serving.http.support import TOKENIZER, events_of, run, serving
@@ -261,5 +262,30 @@ def test_a_client_that_leaves_ends_all_samples():
                 await asyncio.sleep(0.005)
             assert len(engine.aborted) == 6
             assert state.engine.num_open == 0
+
+    run(main)
+
+
+def test_prompt_tokens_over_all_answers_are_bounded(monkeypatch):
+    monkeypatch.setattr(calls, "MAX_PROMPT_TOKENS", 100)
+
+    async def main():
+        async with serving() as (http, _, engine):
+            for fields, param, told in (
+                ({"prompt": [5] * 51, "n": 2}, "n", "prompt has 51 tokens, with n = 2 that makes"),
+                ({"prompt": [[5] * 51] * 2}, "prompt", "102 prompt tokens over all answers"),
+            ):
+                response = await http.post("/v1/completions", json=fields)
+                assert (response.status_code, response.json()["param"]) == (400, param)
+                assert told in response.json()["message"]
+                assert "one request may bring 100." in response.json()["message"]
+            messages = [{"role": "user", "content": "the old man " * 20}]
+            body = {"messages": messages, "n": 4, "max_tokens": 1}
+            response = await http.post("/v1/chat/completions", json=body)
+            assert (response.status_code, response.json()["param"]) == (400, "n")
+            assert "messages has" in response.json()["message"]
+            assert engine.seen == []
+            for fields in ({"prompt": [5] * 50, "n": 2}, {"prompt": [5] * 101}):
+                assert (await http.post("/v1/completions", json=fields)).status_code == 200
 
     run(main)
