@@ -11,6 +11,8 @@ import jax
 from serving.config import default_compilation_cache_dir
 
 jax.config.update("jax_num_cpu_devices", 8)
+# As the engine does: accelerators would multiply float32 in tf32 otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", default_compilation_cache_dir() + "-tests")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -7,6 +7,7 @@ and running steps. It exits when told to, or when the front is gone.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -110,6 +111,9 @@ def main() -> int:
         connection.send(Failed(f"The engine could not start: {reason}"))
         return 1
     topology, details = describe(engine.runner)
+    # What is here now stays: the collector need not walk it again and again between steps.
+    gc.collect()
+    gc.freeze()
     compiles = CompileCounter()
     connection.starting = False
     try:

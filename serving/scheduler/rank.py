@@ -32,6 +32,7 @@ class LiveRequest:
         context: the tokens to prefill: the prompt, after a retraction also what was generated.
         key: `context` for the prefix tree; matches: by slice, the last node found for it.
         num_cached: KV entries written by the steps planned so far.
+        pages: what the cache manager gave it, in position order; meaningless while it waits.
         rows_in_flight: rows of planned steps whose results are not known yet.
         steps_left: tokens that no step planned so far samples, if it runs to max_tokens.
         first_cached: prompt tokens found in the prefix cache at the first start; None before.
@@ -54,6 +55,7 @@ class LiveRequest:
         "matches",
         "num_cached",
         "order",
+        "pages",
         "passed_over",
         "queue_s",
         "rank",
@@ -74,6 +76,7 @@ class LiveRequest:
         self.key = PrefixKey.of(request.prompt, request.cache_key)
         self.matches: dict[int, Node] = {}
         self.num_cached = 0
+        self.pages: tuple[int, ...] = ()
         self.rows_in_flight = 0
         self.steps_left = request.sampling.max_tokens
         self.first_cached: int | None = None
@@ -146,18 +149,18 @@ class StepDraft:
         """Whether another chunk fits."""
         return self.tokens > 0 and self.rows > 0
 
-    def add_decode(self, live: LiveRequest, pages: tuple[int, ...]) -> None:
-        """One row for the request's next token; `pages` have room for the token fed."""
+    def add_decode(self, live: LiveRequest) -> None:
+        """One row for the request's next token; its pages have room for the token fed."""
         request = live.request
         self.decode.append(
-            DecodeRow(request.rid, live.slot, live.num_cached, pages, request.sampling)
+            DecodeRow(request.rid, live.slot, live.num_cached, live.pages, request.sampling)
         )
         self.samplers.append((live, True))
         live.num_cached += 1
         live.rows_in_flight += 1
         live.steps_left -= 1
 
-    def add_chunk(self, live: LiveRequest, pages: tuple[int, ...]) -> None:
+    def add_chunk(self, live: LiveRequest) -> None:
         """As much of the request's context as the budget allows."""
         request, start = live.request, live.num_cached
         tokens = live.context[start : start + self.tokens]
@@ -171,7 +174,7 @@ class StepDraft:
                 live.slot,
                 tokens,
                 start,
-                pages,
+                live.pages,
                 samples,
                 request.sampling,
                 prompt=request.prompt if setup else None,
@@ -276,15 +279,15 @@ class RankScheduler:
         draft = StepDraft(tokens=tokens, rows=self._prefill_rows)
         retracted = []
         if phase.decode:
-            index = 0
+            index, page_size = 0, self.cache.page_size
             while index < len(self._running):
                 live = self._running[index]
                 index += 1
                 if live is self.unfinished or live.steps_left <= 0:
                     continue
-                pages = self.cache.extend(live.request.rid, live.num_cached + 1)
-                if pages is not None:
-                    draft.add_decode(live, pages)
+                # Only the first entry of a page can lack its page.
+                if live.num_cached % page_size or self._grow(live):
+                    draft.add_decode(live)
                 elif (victim := self._victim(live)) is not None:
                     self._retract(victim)
                     retracted.append(victim)
@@ -336,6 +339,7 @@ class RankScheduler:
         started = self.cache.start(live.request.rid, node, self._first_tokens(live))
         assert started is not None, "start() of a request that does not fit"
         live.rank = self
+        live.pages = started
         live.slot = self._free_slots.pop()
         live.num_cached = node.depth * self.cache.page_size
         live.matches.clear()
@@ -381,6 +385,8 @@ class RankScheduler:
         self.cache.check_integrity([live.request.rid for live in self._running])
         for live in self._running:
             held = len(self.cache.pages(live.request.rid)) * self.cache.page_size
+            if live.pages != self.cache.pages(live.request.rid):
+                raise IntegrityError(f"Request {live.request.rid} has an old list of its pages.")
             if live.rank is not self or not live.live or live.num_cached > held:
                 raise IntegrityError(
                     f"Request {live.request.rid} runs here with {live.num_cached} KV tokens in "
@@ -392,9 +398,16 @@ class RankScheduler:
         # The last token of an answer is never fed, so its entry is never written.
         return live.max_total_tokens - 1 if self._reproducible else len(live.context) + 1
 
+    def _grow(self, live: LiveRequest) -> bool:
+        """Get a page for the next entry if it needs one; False if none is left."""
+        pages = self.cache.extend(live.request.rid, live.num_cached + 1)
+        if pages is not None:
+            live.pages = pages
+        return pages is not None
+
     def _add_chunk(self, live: LiveRequest, draft: StepDraft) -> None:
         """Draft a chunk and share what it writes: rows of the same step may read it already."""
-        draft.add_chunk(live, self.cache.pages(live.request.rid))
+        draft.add_chunk(live)
         self.unfinished = live if live.prefilling else None
         written = live.num_cached
         if self._reproducible:

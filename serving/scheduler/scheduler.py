@@ -311,6 +311,7 @@ class Scheduler:
             )
         self._in_flight.popleft()
         outcomes: list[TokenOutcome] = []
+        take, scores = self._take, result.scores
         for index, (rows, tokens) in enumerate(zip(samplers, result.tokens, strict=True)):
             known = len(outcomes)
             for (live, samples), token in zip(rows, tokens, strict=True):
@@ -319,10 +320,10 @@ class Scheduler:
                     raise ValueError("The token of a row is missing, or one came unasked for.")
                 if not live.live:
                     continue
-                if result.scores and live.scoring:
-                    live.scores += result.scores.get(live.request.rid, ())
+                if scores and live.scoring:
+                    live.scores += scores.get(live.request.rid, ())
                 if token is not None:
-                    outcomes.append(self._take(live, token, index))
+                    outcomes.append(take(live, token, index))
             self._ranks[index].counters.generated_tokens += len(outcomes) - known
         return outcomes
 
@@ -465,19 +466,18 @@ class Scheduler:
 
     def _take(self, live: LiveRequest, token: SampledToken, index: int) -> TokenOutcome:
         generated, request = live.generated, live.request
+        token_id, logprob, top_logprobs = token
         first = self._first(live, index) if not generated else None
-        generated.append(token.token_id)
+        generated.append(token_id)
         reason: FinishReason | None = None
-        if token.token_id in request.sampling.stop_token_ids:
+        if token_id in request.sampling.stop_token_ids:
             reason = "stop"
         elif len(generated) == request.sampling.max_tokens:
             reason = "length"
         if reason is not None:
             self._ranks[index].counters.finished += 1
             self._forget(live)
-        return TokenOutcome(
-            request.rid, token.token_id, reason, token.logprob, token.top_logprobs, first
-        )
+        return TokenOutcome(request.rid, token_id, reason, logprob, top_logprobs, first)
 
     def _first(self, live: LiveRequest, index: int) -> FirstOutcome:
         """What is told with a request's first token, which slice `index` computed."""
