@@ -91,9 +91,21 @@ class Outcome:
 class Traffic:
     """Draws attempts. The same seed draws the same ones."""
 
-    def __init__(self, seed: int, *, vocab_size: int, context: int, pool: int, chat: bool) -> None:
-        """`context` and `pool` are the most tokens of one request and of a slice."""
+    def __init__(
+        self,
+        seed: int,
+        *,
+        vocab_size: int,
+        context: int,
+        pool: int,
+        num_slices: int,
+        chat: bool,
+        grammars: bool,
+    ) -> None:
+        """`context` and `pool` are the most tokens of one request and of a slice; `chat` and
+        `grammars` tell whether the server has them."""
         self.rng = random.Random(seed)
+        self._num_slices, self._grammars = num_slices, grammars
         self._vocab, self._context, self._chat = vocab_size, context, chat
         self._longest = max(2, min(context, pool) // 4)
         self._prefixes = [self._ids(self._longest // 2) for _ in range(4)]
@@ -106,7 +118,9 @@ class Traffic:
             self.not_json: 4,
             self.wrong_type: 4,
             self.huge_number: 4,
-            self.extra_feature: 10,
+            self.feature: 14,
+            self.wrong_feature: 4,
+            self.slow_grammar: 2 if grammars else 0,
             self.other_route: 5,
         }
 
@@ -234,34 +248,69 @@ class Traffic:
         body = self._body(self._ids(4)) | self.rng.choice(huge)
         return self._completion("huge number", body, REFUSED)
 
-    def extra_feature(self) -> Attempt:
-        extra: list[dict[str, Any]] = [
+    def feature(self) -> Attempt:
+        """What must work."""
+        valid: list[dict[str, Any]] = [
             {"n": 3},
             {"logprobs": 3},
             {"logprobs": 2, "echo": True},
+            {"echo": True},
             {"min_p": 0.1},
             {"top_k": 5},
             {"presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.2},
             {"logit_bias": {"20": 5.0, "21": -100.0}},
-            {"min_tokens": 2},
+            {"min_tokens": 2, "max_tokens": 4},
             {"stop": ["a", "the"]},
             {"stop_token_ids": [20, 21, 22]},
-            {"regex": "[ab]{1,8}"},
-            {"regex": "(a*)*b("},
-            {"ebnf": 'root ::= "yes" | "no"'},
-            {
-                "json_schema": json.dumps(
-                    {"type": "object", "properties": {"a": {"type": "integer"}}}
-                )
-            },
-            {"response_format": {"type": "json_object"}},
             {"priority": 3},
             {"seed": -5},
-            {"routed_dp_rank": 1},
-            {"routed_dp_rank": 99},
+            {"routed_dp_rank": self.rng.randrange(self._num_slices)},
         ]
-        body = self._body(self._ids(self.rng.randint(1, 40))) | self.rng.choice(extra)
-        return self._completion("extra feature", body, EITHER)
+        if self._grammars:
+            schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+            valid += [
+                {"regex": "[ab]{1,8}"},
+                {"regex": "yes|no", "n": 4},
+                {"ebnf": 'root ::= "yes" | "no"'},
+                {"ebnf": 'root ::= "yes"' + "\n" * 32_700},
+                {"json_schema": json.dumps(schema)},
+                {"response_format": {"type": "json_object"}},
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+            ]
+        body = self._body(self._ids(self.rng.randint(1, 40))) | self.rng.choice(valid)
+        return self._completion("feature", body)
+
+    def wrong_feature(self) -> Attempt:
+        """What must be refused, whether or not the server has grammars."""
+        wrong: list[dict[str, Any]] = [
+            {"n": 0},
+            {"n": 2, "best_of": 3},
+            {"min_p": 2},
+            {"presence_penalty": 3},
+            {"logit_bias": {"20": 101}},
+            {"logit_bias": {"twenty": 1}},
+            {"min_tokens": 10**9},
+            {"suffix": "after"},
+            {"routed_dp_rank": self._num_slices},
+            {"routed_dp_rank": -2},
+            {"regex": "(a*)*b("},
+            {"regex": "a", "ebnf": 'root ::= "a"'},
+            {"ebnf": "\n" * 32_700},
+            {"ebnf": " " * 32_700},
+            {"ebnf": "-" * 32_700},
+            {"json_schema": "{"},
+            {"response_format": {"type": "xml"}},
+        ]
+        body = self._body(self._ids(self.rng.randint(1, 40))) | self.rng.choice(wrong)
+        return self._completion("wrong feature", body, REFUSED)
+
+    def slow_grammar(self) -> Attempt:
+        """A small text that takes about a second to be refused; the client does not wait for it."""
+        doubling = "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(30))
+        text = f'root ::= r0\n{doubling}r30 ::= "{self.rng.choice("abcdefgh")}"\n'
+        body = self._body(self._ids(4)) | {"ebnf": text}
+        after = self.rng.choice([0.0, 0.05, 0.5])
+        return self._completion("slow grammar", body, EITHER, hang_up_s=after)
 
     def other_route(self) -> Attempt:
         method, path = self.rng.choice(
@@ -600,7 +649,9 @@ async def soak(
             vocab_size=args.vocab_size,
             context=before["max_context_tokens"],
             pool=before["max_total_num_tokens"],
+            num_slices=before["num_slices"],
             chat=not args.no_chat,
+            grammars=before["grammar_backend"] != "none",
         )
         run = Soak(client, traffic, deadline_s=args.deadline)
         memory = Memory()

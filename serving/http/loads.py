@@ -170,13 +170,13 @@ def _load(
     state: ServerState, status: EngineStatus, index: int, sections: set[str]
 ) -> dict[str, Any]:
     part = status.slices[index]
-    unplaced = central_queue(status) + status.grammar_queue
-    waiting = part.waiting + share(unplaced, index, len(status.slices))
+    waiting = part.waiting + share(central_queue(status), index, len(status.slices))
+    grammar = share(status.grammar_queue, index, len(status.slices))
     load: dict[str, Any] = {
         "dp_rank": part.dp_rank,
         "timestamp": state.clock(),
         "num_running_reqs": part.running,
-        "num_waiting_reqs": waiting,
+        "num_waiting_reqs": waiting + grammar,
         # What the cache will spare a waiting request is known when it starts.
         "num_waiting_uncached_tokens": share(status.waiting_tokens, index, len(status.slices)),
         "num_used_tokens": part.used_tokens,
@@ -192,7 +192,12 @@ def _load(
         load["memory"] = memory_usage(state, part)
     if sections & {"queues", "all"}:
         retracted = state.loads.rates(part.dp_rank).retracted
-        load["queues"] = {"waiting": waiting, "paused": 0, "retracted": retracted}
+        load["queues"] = {
+            "waiting": waiting,
+            "grammar": grammar,
+            "paused": 0,
+            "retracted": retracted,
+        }
     return load
 
 

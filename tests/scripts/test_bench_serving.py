@@ -13,8 +13,9 @@ import pytest
 from scripts import bench_serving, soak
 from scripts.bench_serving import Load
 from scripts.workloads import Session
+from serving.grammar import GrammarCompiler
 from tests.fakes import VOCAB_SIZE, FakeEngine
-from tests.serving.http.support import listening, run
+from tests.serving.http.support import TOKENIZER, listening, run
 
 SMALL = ["--num-requests", "6", "--output-tokens", "4", "--prefix-tokens", "24", "--groups", "2"]
 
@@ -123,8 +124,26 @@ def test_a_request_that_hangs_ends_at_its_deadline():
 # ---- soak ------------------------------------------------------------------------------------
 
 
-def traffic(seed=1):
-    return soak.Traffic(seed, vocab_size=VOCAB_SIZE, context=256, pool=4096, chat=True)
+def traffic(seed=1, *, grammars=True):
+    return soak.Traffic(
+        seed,
+        vocab_size=VOCAB_SIZE,
+        context=256,
+        pool=4096,
+        num_slices=2,
+        chat=True,
+        grammars=grammars,
+    )
+
+
+def test_a_server_without_grammars_is_not_asked_for_them():
+    source = traffic(grammars=False)
+    drawn = [source.draw() for _ in range(1000)]
+    assert "slow grammar" not in {attempt.kind for attempt in drawn}
+    fields = ("regex", "ebnf", "json_schema", "response_format")
+    for attempt in drawn:
+        if attempt.kind == "feature":
+            assert not any(field in json.loads(attempt.content) for field in fields)
 
 
 def test_a_seed_names_the_traffic():
@@ -133,7 +152,10 @@ def test_a_seed_names_the_traffic():
         source = traffic(seed)
         drawn.append([source.draw() for _ in range(400)])
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len({attempt.kind for attempt in drawn[0]}) == 10
+    assert len({attempt.kind for attempt in drawn[0]}) == 12
+
+
+SOME_KINDS = ("completion", "hang-up", "wrong type", "feature", "wrong feature", "slow grammar")
 
 
 def test_traffic_against_a_good_server_passes():
@@ -141,12 +163,13 @@ def test_traffic_against_a_good_server_passes():
         args = soak.make_parser().parse_args(
             ["--seconds", "4", "--rate", "60", "--vocab-size", str(VOCAB_SIZE), "--deadline", "8"]
         )
-        async with listening(FakeEngine(delay_s=0.002)) as (url, _, engine):
+        grammars = GrammarCompiler(lambda: TOKENIZER)
+        async with listening(FakeEngine(delay_s=0.002), grammars=grammars) as (url, _, engine):
             result, failures = await soak.soak(args, url, None)
         assert not failures
         attempts = {row["kind"]: row["attempts"] for row in result["rows"]}
         assert attempts["burst"] >= 48
-        assert min(attempts.get(kind, 0) for kind in ("completion", "hang-up", "wrong type")) > 0
+        assert min(attempts.get(kind, 0) for kind in SOME_KINDS) > 0
         assert engine.aborted
 
     run(main)

@@ -37,9 +37,9 @@ async def serving(engine=None, **changes):
 
 
 @contextlib.asynccontextmanager
-async def listening(engine=None):
+async def listening(engine=None, **changes):
     """(base url, state, fake engine) of an app behind uvicorn in this loop."""
-    async with serving(engine) as (_, state, fake):
+    async with serving(engine, **changes) as (_, state, fake):
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(

@@ -283,7 +283,7 @@ def test_loads():
                 "utilization": 0.0,
                 "max_running_requests": 16,
                 "memory": {"weight_gb": 2.5, "kv_cache_gb": 1.0, "token_capacity": 4096},
-                "queues": {"waiting": 0, "paused": 0, "retracted": 0},
+                "queues": {"waiting": 0, "grammar": 0, "paused": 0, "retracted": 0},
             }
             assert second["dp_rank"] == 1
             assert second["cache_hit_rate"] == pytest.approx(2 / 6)
@@ -317,6 +317,7 @@ def test_loads_share_the_central_queue_out():
             engine.grammar_queue = 2  # they wait for their grammars, and then for their turn
             told = (await http.get("/v1/loads")).json()["loads"]
             assert [load["num_waiting_reqs"] for load in told] == [3, 2]
+            assert [load["queues"]["grammar"] for load in told] == [1, 1]
             told = (await http.get("/get_load")).json()
             assert [load["num_waiting_reqs"] for load in told] == [3, 2]
             engine.grammar_queue = 0
