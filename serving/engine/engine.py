@@ -134,9 +134,11 @@ class Engine:
 
     def abort(self, rid: str) -> bool:
         """Forget a request; whether it was there."""
-        if self.grammars is not None:
-            self.grammars.drop(rid)
-        return self._preparing.pop(rid, None) is not None or self.scheduler.abort(rid)
+        return self._end(rid, self.scheduler.abort)
+
+    def finish(self, rid: str) -> bool:
+        """As `abort`, of a request whose answer is complete: it counts as finished."""
+        return self._end(rid, self.scheduler.finish)
 
     @property
     def num_preparing(self) -> int:
@@ -177,19 +179,27 @@ class Engine:
         return self.scheduler.status()
 
     def _add_prepared(self) -> list[TokenOutcome | RequestFailure]:
-        """Queue the requests whose grammars are read by now."""
+        """Queue the requests whose grammars are read by now; those of bad ones fail."""
         assert self.grammars is not None
         failures: list[TokenOutcome | RequestFailure] = []
         for rid, request in list(self._preparing.items()):
-            if not self.grammars.is_ready(rid):
+            failure = self.grammars.failure(rid)
+            if failure is None and not self.grammars.is_ready(rid):
                 continue
             del self._preparing[rid]
             try:
+                if failure is not None:
+                    raise ValueError(failure)
                 self.scheduler.add(request, admitted=True)
             except ValueError as error:
                 self.grammars.drop(rid)
                 failures.append(RequestFailure.of(rid, error))
         return failures
+
+    def _end(self, rid: str, how: Callable[[str], bool]) -> bool:
+        if self.grammars is not None:
+            self.grammars.drop(rid)
+        return self._preparing.pop(rid, None) is not None or how(rid)
 
     def _collect(self) -> list[TokenOutcome | RequestFailure]:
         """Wait for the oldest step and take in its tokens."""
@@ -226,8 +236,7 @@ class Engine:
         if not finished:
             return outcome
         # Nothing may follow but an end token, and there may be none that the client wants.
-        self.grammars.drop(rid)
-        self.scheduler.finish(rid)
+        self.finish(rid)
         return outcome._replace(finish_reason="stop")
 
     def _constrained_rows(self, plan: StepPlan) -> list[tuple[str, int, int]]:

@@ -107,8 +107,8 @@ class EngineLoop:
         match message:
             case Submit(request):
                 self._submit(request)
-            case Abort(rid):
-                self.engine.abort(rid)
+            case Abort(rid, finished):
+                (self.engine.finish if finished else self.engine.abort)(rid)
             case GetStatus(token):
                 self.connection.send(self._status(token))
             case FlushCache(token):

@@ -128,6 +128,21 @@ def test_an_aborted_request_says_no_more():
     assert {e.rid for e in events(sent)} == {"b"}
 
 
+def test_an_answer_that_its_client_has_whole_counts_as_finished():
+    engine = make_engine(overlap=True)
+    until = finished(1)
+    run(
+        engine,
+        Submit(make_request("a", max_tokens=60)),
+        Submit(make_request("b", max_tokens=1)),
+        Abort("a", finished=True),
+        until=until,
+    )
+    counters = [load.counters for load in engine.status()]
+    assert sum(c.finished for c in counters) == 2
+    assert sum(c.aborted for c in counters) == 0
+
+
 def test_the_status_counts_what_was_done():
     engine = make_engine(overlap=False)
     run(engine, Submit(make_request("a", max_tokens=3)), until=finished(1))

@@ -60,6 +60,7 @@ class FakeGrammars:
     def __init__(self, *, length: int = 99, fails_at: int = 99, slow: int = 0) -> None:
         self.length, self.fails_at, self.slow, self.asked = length, fails_at, slow, 0
         self.tokens: dict[str, list[int]] = {}
+        self.failures: dict[str, str] = {}
 
     def __bool__(self) -> bool:
         return bool(self.tokens)
@@ -69,7 +70,7 @@ class FakeGrammars:
 
     def start(self, rid, grammar):
         if grammar.text == "(":
-            raise ValueError("The regular expression is wrong.")
+            self.failures[rid] = "The regular expression is wrong."
         self.tokens[rid] = []
 
     def advance(self, rid, token_id):
@@ -82,6 +83,9 @@ class FakeGrammars:
 
     def is_finished(self, rid):
         return len(self.tokens[rid]) == self.length
+
+    def failure(self, rid):
+        return self.failures.get(rid)
 
     def is_ready(self, rid):
         self.asked += 1
@@ -225,23 +229,24 @@ def test_a_grammar_that_fails_ends_its_request_alone(overlap):
 
 
 def test_requests_that_cannot_be_taken_leave_nothing_behind():
-    engine = make_engine(overlap=True, grammars=FakeGrammars(), max_queued=1)
-    with pytest.raises(ValueError, match="regular expression is wrong"):
-        engine.add(make_request("a", grammar=Grammar(kind="regex", text="(")))
-    engine.add(make_request("b"))
+    grammars = FakeGrammars()
+    engine = make_engine(overlap=True, grammars=grammars, max_queued=1)
+    engine.add(make_request("a", grammar=Grammar(kind="regex", text="(")))
     with pytest.raises(QueueFull, match="The request queue is full: 1 requests wait already"):
-        engine.add(make_request("c"))
+        engine.add(make_request("b"))
+    (failure,) = engine.step()
+    assert (failure.message, failure.status) == ("The regular expression is wrong.", 400)
+    engine.add(make_request("b"))
     with pytest.raises(QueueFull):
-        engine.add(make_request("d", grammar=GRAMMAR))
+        engine.add(make_request("c", grammar=GRAMMAR))
     engine.step()
     engine.add(make_request("d", max_tokens=2000, grammar=GRAMMAR))
-    with pytest.raises(ValueError, match="'d' is in use"):
-        engine.add(make_request("d"))
-    with pytest.raises(ValueError, match="'b' is in use"):
-        engine.add(make_request("b", grammar=GRAMMAR))
+    for rid in ("b", "d"):
+        with pytest.raises(ValueError, match=f"'{rid}' is in use"):
+            engine.add(make_request(rid, grammar=GRAMMAR))
     outcomes = [o for o in engine.step() if isinstance(o, RequestFailure)]
     assert [(f.rid, f.status) for f in outcomes] == [("d", 400)]
-    assert not engine.grammars
+    assert not grammars
     assert set(drain(engine)) == {"b"}
     with pytest.raises(ValueError, match="--grammar-backend none"):
         make_engine(overlap=True).add(make_request("a", grammar=GRAMMAR))
