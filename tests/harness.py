@@ -60,8 +60,15 @@ class MeshModel:
         self.kv = jax.device_put(jnp.zeros(pool, kv_dtype), NamedSharding(self.mesh, pool_spec))
         comm = MeshComm(self.layout, exchange, deterministic=deterministic)
 
-        def forward(weights, kv, batch):
-            one = jax.tree.map(lambda a: a[0], batch)
+        batch = self._pack([SliceRows() for _ in range(d)])
+        shapes = ForwardBatch(*(a.shape[1:] for a in batch))
+
+        def forward(weights, kv, used):
+            # Empty arrays are made here: XLA of jaxlib 0.11.2 crashes on sharded empty arguments.
+            given = iter(used)
+            one = ForwardBatch(
+                *(next(given)[0] if 0 not in s else jnp.zeros(s, jnp.int32) for s in shapes)
+            )
             rows = jnp.arange(decode_rows + prefill_rows)
             logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows)
             return logits[None], kv[None], counts[None]
@@ -74,11 +81,10 @@ class MeshModel:
             (spec, pool_spec, spec),
             donate=(1,),
         )
-        batch = self._pack([SliceRows() for _ in range(d)])
         self.program = step.lower(
             [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params],
             abstract_array(pool, kv_dtype, self.mesh, pool_spec),
-            jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, self.mesh, spec), batch),
+            [abstract_array(a.shape, a.dtype, self.mesh, spec) for a in batch if a.size],
         ).compile()
 
     def _pack(self, slices: Sequence[SliceRows]) -> ForwardBatch:
@@ -113,7 +119,7 @@ class MeshModel:
         self, slices: Sequence[SliceRows]
     ) -> tuple[list[tuple[np.ndarray, list[np.ndarray]]], np.ndarray]:
         """Per slice (decode logits, logits of each chunk); and expert counts [D, MoE layers, E]."""
-        batch = jax.device_put(self._pack(slices), self.sharding)
+        batch = jax.device_put([a for a in self._pack(slices) if a.size], self.sharding)
         logits, self.kv, counts = self.program(self.weights, self.kv, batch)
         logits = np.asarray(logits)
         results = []
