@@ -60,6 +60,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, connection: Connection, compiles: CompileCounter) -> None:
         self.engine, self.connection, self.compiles = engine, connection, compiles
         self._busy_since: float | None = None
+        self._ended = threading.Event()
         connection.pulse = self.busy_seconds
 
     def run(self, config: ServerConfig) -> None:
@@ -67,7 +68,12 @@ class EngineLoop:
         threading.Thread(
             target=self._watch, args=(config.watchdog_timeout,), daemon=True, name="watchdog"
         ).start()
-        report = StepReport(self.engine, interval=config.decode_log_interval)
+        try:
+            self._run(StepReport(self.engine, interval=config.decode_log_interval))
+        finally:
+            self._ended.set()  # the watchdog watches steps, not what comes after them
+
+    def _run(self, report: StepReport) -> None:
         while True:
             while not (self.connection.inbox.empty() and self.engine.has_work):
                 if not self.engine.has_work:
@@ -90,7 +96,8 @@ class EngineLoop:
     def _watch(self, timeout_s: float) -> None:
         """End the process when a step hangs: the front tells everybody why."""
         while self.busy_seconds() <= timeout_s:
-            time.sleep(min(timeout_s / 4, 5.0))
+            if self._ended.wait(min(timeout_s / 4, 5.0)):
+                return
         log.error("no progress for %.0f s: giving up", timeout_s)
         reason = f"The engine made no progress for {timeout_s:g} s (--watchdog-timeout)."
         # It may be the sending that hangs.

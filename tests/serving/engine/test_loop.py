@@ -185,18 +185,33 @@ def test_a_line_of_the_log_every_so_many_steps(caplog):
 
 def test_the_pulse_tells_how_long_a_step_takes():
     engine = make_engine(overlap=True)
-    connection = FakeConnection()
+    connection = FakeConnection(Submit(make_request("a", max_tokens=1)))
     loop = EngineLoop(engine, connection, Counter())
     assert connection.pulse() == 0
-    release = threading.Event()
-    engine.runner.launch = lambda plan: release.wait(10) and None
-    connection.inbox.put(Submit(make_request("a")))
+    release, launch = threading.Event(), engine.runner.launch
+    engine.runner.launch = lambda plan: release.wait(10) and launch(plan)
     thread = threading.Thread(target=loop.run, args=(ServerConfig(),), daemon=True)
     thread.start()
     deadline = time.monotonic() + 10
     while connection.pulse() < 0.02:
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    release.set()
+    connection.inbox.put(Shutdown())
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_the_watchdog_ends_with_the_loop():
+    """Else it would end the process long after, for a step that nobody waits for."""
+    engine = make_engine(overlap=True)
+    engine.runner.launch = lambda plan: 1 / 0
+    loop = EngineLoop(engine, FakeConnection(Submit(make_request("a"))), Counter())
+    with pytest.raises(ZeroDivisionError):
+        loop.run(ServerConfig(watchdog_timeout=0.5))
+    assert loop.busy_seconds() >= 0
+    time.sleep(0.9)  # past the timeout: this process is still there
+    assert not [t for t in threading.enumerate() if t.name == "watchdog" and t.is_alive()]
 
 
 HANGING = """
