@@ -72,7 +72,7 @@ class Dispatch:
         elif self.takes(live.bound):
             indices = (live.bound,)
         else:
-            self._held_requests[live.bound] += 1
+            self.hold_back(live)
             return None
         nodes = {index: self._ranks[index].find_prefix(live, index) for index in indices}
         if self._choose is not None and live.bound is None:

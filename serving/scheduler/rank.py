@@ -360,10 +360,8 @@ class RankScheduler:
         if live is self.unfinished:
             self.unfinished = None
         key = live.known_key()
-        written = min(live.num_cached, len(live.request.prompt) + len(live.generated))
-        if self._reproducible:
-            written = min(written, len(live.request.prompt))
-        self.cache.release(live.request.rid, key, written)
+        known = len(live.request.prompt) + len(live.generated)
+        self.cache.release(live.request.rid, key, min(self._shareable(live), known))
         live.rank = None
 
     def check_integrity(self) -> None:
@@ -409,10 +407,13 @@ class RankScheduler:
         """Draft a chunk and share what it writes: rows of the same step may read it already."""
         draft.add_chunk(live)
         self.unfinished = live if live.prefilling else None
-        written = live.num_cached
+        self.cache.publish(live.request.rid, live.key, self._shareable(live))
+
+    def _shareable(self, live: LiveRequest) -> int:
+        """How many of a request's written entries others may have; see `reproducible`."""
         if self._reproducible:
-            written = min(written, len(live.request.prompt))
-        self.cache.publish(live.request.rid, live.key, written)
+            return min(live.num_cached, len(live.request.prompt))
+        return live.num_cached
 
     def _may_grow(self, live: LiveRequest) -> bool:
         return self.cache.pages_for(live.max_total_tokens) > len(self.cache.pages(live.request.rid))
