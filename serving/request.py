@@ -96,6 +96,9 @@ class Request:
     """One prompt and how to continue it. `rid` is unique among the live requests.
 
     Attributes:
+        answer: tokens that another engine has generated for this prompt already. The request goes
+            on behind them as if it had never stopped: max_tokens and min_tokens, penalties, the
+            grammar and seeded draws count from the answer's beginning.
         priority: requests of higher priority start first and are retracted last.
         dp_rank: the slice that must run it; None leaves the choice to the scheduler.
         cache_key: prefixes are shared only between requests of equal key.
@@ -107,6 +110,7 @@ class Request:
     rid: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    answer: tuple[int, ...] = ()
     priority: int = 0
     dp_rank: int | None = None
     cache_key: str = ""

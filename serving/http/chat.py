@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.http.calls import Call, Job, check_num_tokens, make_call
 from serving.http.constraints import check_constraint, constraint
 from serving.http.errors import ApiError, json_response
-from serving.http.generation import AnswerToken, Tally, complete, generation
+from serving.http.generation import AnswerToken, Delta, Tally, complete, generation, token_ids
 from serving.http.protocol import (
     ChatBody,
     ChatChoice,
@@ -169,6 +170,7 @@ async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:
                 logprobs=_logprobs(state.tokenizer, call, answer.tokens),
                 finish_reason=answer.finish_reason,
                 matched_stop=answer.matched_stop,
+                token_ids=token_ids(call, answer.tokens),
             )
             for i, answer in enumerate(answers)
         ],
@@ -194,24 +196,12 @@ async def _chunks(state: ServerState, call: Call) -> Events:
         begun: set[int] = set()
         async for delta in deltas:
             tally.add(delta)
-            if delta.index not in begun:
-                begun.add(delta.index)
-                opening = ChatDelta(role="assistant", content="")
-                yield chunk(ChatChunkChoice(index=delta.index, delta=opening))
-            logprobs = _logprobs(state.tokenizer, call, delta.tokens)
-            if delta.text:
-                text = ChatDelta(content=delta.text)
-                yield chunk(ChatChunkChoice(index=delta.index, delta=text, logprobs=logprobs))
-            if delta.finish_reason is not None:
-                yield chunk(
-                    ChatChunkChoice(
-                        index=delta.index,
-                        delta=ChatDelta(),
-                        logprobs=None if delta.text else logprobs,
-                        finish_reason=delta.finish_reason,
-                        matched_stop=delta.matched_stop,
-                    )
-                )
+            opens = delta.index not in begun
+            begun.add(delta.index)
+            if delta.replayed:
+                continue
+            for choice in _chunk_choices(state.tokenizer, call, delta, opens=opens):
+                yield chunk(choice)
     if call.include_usage:
         yield ChatChunk(
             id=answer_id,
@@ -220,6 +210,37 @@ async def _chunks(state: ServerState, call: Call) -> Events:
             choices=[],
             usage=tally.total(),
         )
+
+
+def _chunk_choices(
+    tokenizer: Tokenizer, call: Call, delta: Delta, *, opens: bool
+) -> list[ChatChunkChoice]:
+    """The choices that tell of a delta: role, text and end one by one, as OpenAI does, or together.
+
+    Args:
+        opens: it is the first of its answer.
+    """
+    index, logprobs = delta.index, _logprobs(tokenizer, call, delta.tokens)
+    role = ChatDelta(role="assistant", content="")
+    end = ChatChunkChoice(
+        index=index,
+        delta=ChatDelta(),
+        logprobs=logprobs,
+        finish_reason=delta.finish_reason,
+        matched_stop=delta.matched_stop,
+    )
+    if call.token_ids:
+        end.delta = ChatDelta(role="assistant" if opens else UNSET, content=delta.text)
+        end.token_ids = token_ids(call, delta.tokens)
+        return [end]
+    choices = [ChatChunkChoice(index=index, delta=role)] if opens else []
+    if delta.text:
+        text = ChatDelta(content=delta.text)
+        choices.append(ChatChunkChoice(index=index, delta=text, logprobs=logprobs))
+        end.logprobs = None
+    if delta.finish_reason is not None:
+        choices.append(end)
+    return choices
 
 
 def _logprobs(

@@ -12,7 +12,15 @@ from serving.http.calls import Call, Job, check_num_answers, check_num_tokens, m
 from serving.http.constraints import check_constraint, constraint
 from serving.http.echo import echo_of
 from serving.http.errors import ApiError, json_response
-from serving.http.generation import Answer, AnswerToken, Delta, Tally, complete, generation
+from serving.http.generation import (
+    Answer,
+    AnswerToken,
+    Delta,
+    Tally,
+    complete,
+    generation,
+    token_ids,
+)
 from serving.http.protocol import (
     Completion,
     CompletionBody,
@@ -187,6 +195,7 @@ async def _completion(state: ServerState, call: Call) -> Completion:
                 ),
                 finish_reason=answer.finish_reason,
                 matched_stop=answer.matched_stop,
+                token_ids=token_ids(call, answer.tokens),
             )
             for i, (job, answer) in enumerate(zip(call.jobs, answers, strict=True))
         ],
@@ -213,6 +222,8 @@ async def _chunks(state: ServerState, call: Call) -> Events:
         async for delta in deltas:
             job = call.jobs[delta.index]
             tally.add(delta)
+            if delta.replayed:
+                continue
             if job.echo is not None and delta.index not in echoed:
                 echoed.add(delta.index)
                 scores = _prompt_logprobs(state.tokenizer, call, job, delta)
@@ -226,6 +237,7 @@ async def _chunks(state: ServerState, call: Call) -> Events:
                     logprobs=_logprobs(state.tokenizer, call, delta.tokens),
                     finish_reason=delta.finish_reason,
                     matched_stop=delta.matched_stop,
+                    token_ids=token_ids(call, delta.tokens),
                 )
             )
     if call.include_usage:

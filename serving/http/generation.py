@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
+from msgspec import UNSET, UnsetType
+
 from serving.http.calls import Call, Job
 from serving.http.errors import ApiError
 from serving.http.metrics import RequestTimer
@@ -40,6 +42,8 @@ class Delta:
     `tokens` are those generated since the last delta: their text may be held back (half a
     character, the beginning of a stop string), the stop token and stop strings are among them.
     `first` comes with the first delta of an answer, unless it was aborted before it had a token.
+    `replayed` deltas are what the reader of a continued stream has already; an answer has at most
+    one, at its beginning.
     """
 
     index: int
@@ -48,6 +52,7 @@ class Delta:
     finish_reason: str | None = None
     matched_stop: str | int | None = None
     first: FirstToken | None = None
+    replayed: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,7 +92,9 @@ class Tally:
     def add(self, delta: Delta) -> None:
         self._completion[delta.index] += len(delta.tokens)
         if delta.first is not None:
-            self._cached[delta.index] = delta.first.cached_tokens
+            # Of an answer that goes on, the engine finds tokens behind the prompt's too.
+            num_prompt = len(self._call.jobs[delta.index].prompt)
+            self._cached[delta.index] = min(delta.first.cached_tokens, num_prompt)
 
     def total(self) -> Usage:
         """Of the whole call so far."""
@@ -115,6 +122,13 @@ def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Us
     )
 
 
+def token_ids(call: Call, tokens: Sequence[AnswerToken]) -> list[int] | UnsetType:
+    """The ids of generated tokens, where the call wants them reported."""
+    if not call.token_ids:
+        return UNSET
+    return [token.event.token_id for token in tokens if token.event.token_id is not None]
+
+
 @asynccontextmanager
 async def generation(
     state: ServerState, call: Call
@@ -139,6 +153,7 @@ def _request(rid: str, job: Job, call: Call) -> Request:
         rid=rid,
         prompt=job.prompt,
         sampling=job.sampling,
+        answer=job.begun,
         priority=call.routing.priority,
         dp_rank=call.routing.dp_rank,
         cache_key=call.routing.cache_key,
@@ -161,7 +176,12 @@ async def _deltas(
 ) -> AsyncGenerator[Delta, None]:
     """The deltas of one request. Leaving before its end aborts it in the engine."""
     decoder = _AnswerDecoder(state.tokenizer, job, call)
-    timer = RequestTimer(state.metrics, began=call.began, num_prompt=len(job.prompt))
+    if call.continued:
+        yield _replay(index, job, request.rid, decoder)
+        if job.finished:
+            return
+    num_prompt = len(job.prompt) + len(job.begun)
+    timer = RequestTimer(state.metrics, began=call.began, num_prompt=num_prompt)
     first: FirstToken | None = None  # until a delta takes it along
     tokens: list[AnswerToken] = []
     async with aclosing(state.engine.generate(request)) as events:
@@ -191,6 +211,23 @@ async def _deltas(
                 first = None
             if reason is not None:
                 return
+
+
+def _replay(index: int, job: Job, rid: str, decoder: _AnswerDecoder) -> Delta:
+    """What the reader of an answer has of it. Brings the decoder to where the answer goes on."""
+    pieces, tokens, matched = [], [], None
+    for token_id in job.begun:
+        event = TokenEvent(rid, token_id)
+        tokens.append(AnswerToken(event=event, text_offset=decoder.num_chars))
+        text, _, matched = decoder.push(event)
+        pieces.append(text)
+        if matched is not None and not job.finished:
+            raise ApiError(
+                f"continue_from[{index}] holds the stop string {matched!r}: the answer cannot go "
+                "on.",
+                param="continue_from",
+            )
+    return Delta(index=index, text="".join(pieces), tokens=tuple(tokens), replayed=True)
 
 
 class _AnswerDecoder:

@@ -23,6 +23,13 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class Begun(msgspec.Struct, kw_only=True):
+    """How far an answer had come when its stream broke: all token ids of its chunks, joined."""
+
+    token_ids: list[int]
+    finished: bool = False
+
+
 class GenerationBody(msgspec.Struct, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common. null means the default."""
 
@@ -53,6 +60,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     routed_dp_rank: int | None = None
     data_parallel_rank: int | None = None
+    return_token_ids: bool | None = None
+    continue_from: list[Begun] | None = None
 
     stop_regex: str | list[str] | None = None
     regex: str | None = None
@@ -68,7 +77,6 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     bootstrap_room: Any = None
     return_hidden_states: bool | None = None
     return_routed_experts: bool | None = None
-    return_token_ids: bool | None = None
     return_cached_tokens_details: bool | None = None
 
 
@@ -126,7 +134,6 @@ NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "bootstrap_room": (),
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
-    "return_token_ids": (False,),
     "return_cached_tokens_details": (False,),
     "tools": ([],),
     "tool_choice": ("auto", "none"),
@@ -217,6 +224,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -261,6 +269,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -286,6 +295,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
