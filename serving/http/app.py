@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,7 +23,10 @@ from serving.http.engine_metrics import metrics
 from serving.http.errors import EXCEPTION_HANDLERS, json_response
 from serving.http.loads import get_load, loads, memory_usage
 from serving.http.metrics import CountRequests
+from serving.http.native import generate
 from serving.http.state import WEIGHT_VERSION, ServerState
+from serving.http.tokens import detokenize, embeddings, rerank, score, tokenize
+from serving.tokenizer import read_json
 
 Handler = Callable[[ServerState, Request], Awaitable[Response]]
 
@@ -60,7 +65,9 @@ async def show_model(state: ServerState, request: Request) -> Response:
 
 
 async def model_info(state: ServerState, request: Request) -> Response:
+    """What the model is; type and architectures are null where no config.json tells them."""
     config = state.config
+    told = await asyncio.to_thread(read_json, Path(config.model_path) / "config.json")
     return json_response(
         {
             "model_path": config.model_path,
@@ -68,8 +75,16 @@ async def model_info(state: ServerState, request: Request) -> Response:
             "is_generation": True,
             "preferred_sampling_params": None,
             "weight_version": WEIGHT_VERSION,
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+            "model_type": told.get("model_type"),
+            "architectures": told.get("architectures"),
         }
     )
+
+
+async def weight_version(state: ServerState, request: Request) -> Response:
+    return json_response({"weight_version": WEIGHT_VERSION})
 
 
 async def server_info(state: ServerState, request: Request) -> Response:
@@ -121,16 +136,26 @@ def _model_card(state: ServerState) -> dict[str, Any]:
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/completions", create_completion),
     ("POST", "/v1/chat/completions", create_chat_completion),
+    ("POST PUT", "/generate", generate),
+    ("POST", "/tokenize", tokenize),
+    ("POST", "/v1/tokenize", tokenize),
+    ("POST", "/detokenize", detokenize),
+    ("POST", "/v1/detokenize", detokenize),
+    ("POST", "/v1/embeddings", embeddings),
+    ("POST", "/v1/score", score),
+    ("POST", "/v1/rerank", rerank),
     ("GET", "/v1/models", list_models),
     ("GET", "/v1/models/{model:path}", show_model),
     ("GET", "/health", health),
     ("GET", "/health_generate", health_generate),
+    ("GET", "/ping", health),
     ("GET", "/metrics", metrics),
     ("GET", "/v1/loads", loads),
     ("GET", "/get_loads", loads),
     ("GET", "/get_load", get_load),
     ("GET", "/get_model_info", model_info),
     ("GET", "/model_info", model_info),
+    ("GET", "/get_weight_version", weight_version),
     ("GET", "/get_server_info", server_info),
     ("GET", "/server_info", server_info),
     ("GET POST", "/flush_cache", flush_cache),
@@ -138,5 +163,5 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 )
 """(methods, path, handler) of every route."""
 
-QUIET_PATHS = frozenset({"/health", "/health_generate", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/health_generate", "/ping", "/metrics"})
 """Asked by machines every few seconds, and left out of the counts of requests."""
