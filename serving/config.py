@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,6 +77,10 @@ class ServerConfig:
     def model_name(self) -> str:
         """The name clients see: --served-model-name, else the last part of the model path."""
         return self.served_model_name or Path(self.model_path).resolve().name
+
+    def told(self) -> dict[str, Any]:
+        """All of it that clients may know."""
+        return asdict(self)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a single value out of range."""

@@ -6,12 +6,13 @@ ignored, but for those of `sampling_params`, where a wrong name is an error as i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from serving.http.protocol import Begun
+from serving.http.protocol import Begun, Message
 
 LogprobEntry = tuple[float | None, int, str | None]
 """Log probability (the first token of a prompt has none), token id, text where it is wanted."""
@@ -146,10 +147,21 @@ class Generated(msgspec.Struct, kw_only=True):
     index: int | UnsetType = UNSET
 
 
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """POST /tokenize: a text, several, or a conversation as in /v1/chat/completions."""
+
+    prompt: str | list[str] | None = None
+    messages: list[Message] | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None
+    model: str | None = None
+
+
 class Tokenized(msgspec.Struct, kw_only=True):
     """The answer of /tokenize: lists of lists where several texts were given."""
 
-    tokens: list[int] | list[list[int]]
+    tokens: Sequence[int | list[int]]
     count: int | list[int]
     max_model_len: int
 

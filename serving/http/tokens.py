@@ -14,17 +14,10 @@ from starlette.responses import Response
 from serving.http.chat import to_messages
 from serving.http.completions import MAX_PROMPTS
 from serving.http.errors import ApiError, json_response
-from serving.http.native_protocol import DetokenizeBody, Detokenized, Tokenized
+from serving.http.native_protocol import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from serving.http.protocol import ChatBody, read_body, refuse_not_served
 from serving.http.state import ServerState
 from serving.tokenizer import ChatTemplateError
-
-
-class TokenizeBody(ChatBody, kw_only=True):
-    """POST /tokenize: a text, several, or a conversation as in /v1/chat/completions."""
-
-    prompt: str | list[str] | None = None
-    add_special_tokens: bool | None = None
 
 
 async def tokenize(state: ServerState, request: Request) -> Response:
@@ -95,9 +88,14 @@ def _tokenized(state: ServerState, body: TokenizeBody) -> Tokenized:
 
 
 def _conversation(state: ServerState, body: TokenizeBody) -> list[int]:
-    refuse_not_served(body)
+    chat = ChatBody(
+        messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs
+    )
+    refuse_not_served(chat)
     try:
-        return state.tokenizer.encode_chat(to_messages(body), body.chat_template_kwargs)
+        return state.tokenizer.encode_chat(
+            to_messages(chat), chat.chat_template_kwargs, chat.tools or None
+        )
     except ChatTemplateError as error:
         raise ApiError(str(error), param="messages") from None
 
