@@ -8,10 +8,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from serving.config import ServerConfig
 from serving.http.chat import create_chat_completion
 from serving.http.completions import create_completion
 from serving.http.control import abort_request, flush_cache, health, health_generate
@@ -24,6 +26,7 @@ from serving.http.loads import get_load, loads
 from serving.http.metrics import CountRequests
 from serving.http.native import generate
 from serving.http.openapi import document
+from serving.http.security import RequireKey
 from serving.http.state import ServerState
 from serving.http.tokens import detokenize, embeddings, rerank, score, tokenize
 
@@ -33,6 +36,7 @@ Handler = Callable[[ServerState, Request], Awaitable[Response]]
 def make_app(state: ServerState) -> Starlette:
     """The ASGI application over one engine."""
 
+    config = state.config
     routes = [
         Route(path, partial(handler, state), methods=methods.split())
         for methods, path, handler in ROUTES
@@ -43,7 +47,31 @@ def make_app(state: ServerState) -> Starlette:
         paths=frozenset(path for _, path, _ in ROUTES),
         quiet=QUIET_PATHS,
     )
-    return Starlette(routes=routes, middleware=[counting], exception_handlers=EXCEPTION_HANDLERS)
+    return Starlette(
+        routes=routes,
+        middleware=[*_cors(config), counting, *_keys(config)],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """Outermost, so that a page can read why it was refused."""
+    if not config.cors_allow_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_allow_origins,
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["*"],
+        )
+    ]
+
+
+def _keys(config: ServerConfig) -> list[Middleware]:
+    if config.api_key is None and config.admin_api_key is None:
+        return []
+    return [Middleware(RequireKey, api_key=config.api_key, admin_key=config.admin_api_key)]
 
 
 async def openapi(state: ServerState, request: Request) -> Response:
