@@ -26,6 +26,7 @@ from serving.http.loads import get_load, loads
 from serving.http.metrics import CountRequests
 from serving.http.native import generate
 from serving.http.openapi import document
+from serving.http.responses import create_response
 from serving.http.security import RequireKey
 from serving.http.state import ServerState
 from serving.http.tokens import detokenize, embeddings, rerank, score, tokenize
@@ -98,6 +99,7 @@ def _document(state: ServerState) -> dict[str, Any]:
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/completions", create_completion),
     ("POST", "/v1/chat/completions", create_chat_completion),
+    ("POST", "/v1/responses", create_response),
     ("POST PUT", "/generate", generate),
     ("POST", "/tokenize", tokenize),
     ("POST", "/v1/tokenize", tokenize),

@@ -42,6 +42,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "CompletionBody": ("prompt",),
     "ChatBody": ("messages",),
     "DetokenizeBody": ("tokens",),
+    "ResponsesBody": ("input",),
 }
 """Fields without a default, which are declared with one so that their absence gets a sentence."""
 
@@ -73,6 +74,10 @@ def _answer_length(limits: Limits) -> dict[str, Schema]:
         "max_completion_tokens": {
             "description": "Most tokens of an answer, wins over max_tokens; without both, what "
             "the context has room for.",
+            **most,
+        },
+        "max_output_tokens": {
+            "description": "Most tokens of the answer; without it, what the context has room for.",
             **most,
         },
         "max_new_tokens": {
@@ -274,6 +279,8 @@ def _prompts(limits: Limits) -> dict[str, Schema]:
             "description": "Token ids, or several lists of them.",
             "anyOf": [any_ids, {"type": "array", "maxItems": MAX_PROMPTS, "items": any_ids}],
         },
+        "input": {"description": "A text, or the conversation so far.", "minLength": 1},
+        "instructions": {"description": "The system message, in front of the input."},
         "messages": {"description": "The conversation, oldest message first.", "minItems": 1},
     }
 

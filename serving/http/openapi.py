@@ -38,6 +38,12 @@ from serving.http.protocol import (
     ErrorEvent,
     GenerationBody,
 )
+from serving.http.responses_protocol import (
+    RESPONSES_NOT_SERVED,
+    ResponseEvent,
+    ResponseObject,
+    ResponsesBody,
+)
 
 REF = "#/components/schemas/{name}"
 OBJECT: Schema = {"type": "object"}
@@ -60,7 +66,7 @@ class Operation:
     Attributes:
         body: the struct of the request's body.
         answer: the struct or schema of the answer, or a media type where it is no JSON.
-        events: the struct of each event, where the answer can be a stream.
+        events: the struct of each event (or the union), where the answer can be a stream.
         query: the query's parameters: name to schema.
         path: the same of the path.
         errors: statuses of errors, but for 401.
@@ -72,7 +78,7 @@ class Operation:
     summary: str
     body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | Schema | str = TEXT
-    events: type[msgspec.Struct] | None = None
+    events: Any = None
     query: Mapping[str, Schema] = field(default_factory=dict)
     path: Mapping[str, Schema] = field(default_factory=dict)
     errors: tuple[int, ...] = (500,)
@@ -136,6 +142,13 @@ OPERATIONS: dict[str, Operation] = {
         events=ChatChunk,
         errors=GENERATING,
     ),
+    "/v1/responses": Operation(
+        summary="A conversation in, its next message out, in OpenAI's newer form.",
+        body=ResponsesBody,
+        answer=ResponseObject,
+        events=ResponseEvent,
+        errors=GENERATING,
+    ),
     "/generate": Operation(
         summary="SGLang's own way to generate. A list for a batch, or for n > 1.",
         body=GenerateBody,
@@ -197,7 +210,13 @@ _REFUSED_FIELDS: dict[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     GenerationBody: NOT_SERVED_YET,
     GenerateBody: NATIVE_NOT_SERVED_YET,
     SamplingBody: SAMPLING_NOT_SERVED_YET,
+    ResponsesBody: {name: neutral for name, (neutral, _) in RESPONSES_NOT_SERVED.items()},
 }
+_STREAM = (
+    "Lines 'data: EVENT', each followed by an empty one; an error is an event with an error in it; "
+    "the last is 'data: [DONE]'. /v1/responses names its events in lines 'event: TYPE' and has no "
+    "[DONE]."
+)
 
 
 def document(methods: Iterable[tuple[str, str]], *, version: str, limits: Limits) -> dict[str, Any]:
@@ -237,11 +256,12 @@ def document(methods: Iterable[tuple[str, str]], *, version: str, limits: Limits
     }
 
 
-def _structs() -> list[type[msgspec.Struct]]:
-    found: dict[type[msgspec.Struct], None] = {}
+def _structs() -> list[Any]:
+    """All types of bodies and answers, unions of structs among them."""
+    found: dict[Any, None] = {}
     for operation in OPERATIONS.values():
         for kind in (operation.body, operation.answer, operation.events, operation.error):
-            if isinstance(kind, type):
+            if kind is not None and not isinstance(kind, str | dict):
                 found[kind] = None
     return list(found)
 
@@ -285,8 +305,7 @@ def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
         answers["text/event-stream"] = {
             "schema": {
                 "type": "string",
-                "description": "Lines 'data: EVENT', each followed by an empty one; an error is "
-                "an event {\"error\": ...}; the last is 'data: [DONE]'.",
+                "description": _STREAM,
                 "contentMediaType": "application/json",
                 "contentSchema": ref_of[operation.events],
             }
