@@ -83,7 +83,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: msgspec.Struct, rest: Events, *, named: bool = False) -> None:
+    def __init__(self, first: msgspec.Struct | None, rest: Events, *, named: bool = False) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
@@ -100,8 +100,9 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        await _send_body(send, self._frame(self._first))
         try:
+            if self._first is not None:
+                await _send_body(send, self._frame(self._first))
             async for body in self._rest:
                 await _send_body(send, self._frame(body))
         except (ApiError, EngineFailed) as error:
@@ -118,8 +119,9 @@ async def _send_body(send: Send, content: bytes) -> None:
     await send({"type": "http.response.body", "body": content, "more_body": True})
 
 
-async def _next(events: Events) -> msgspec.Struct:
-    return await anext(events)
+async def _next(events: Events) -> msgspec.Struct | None:
+    """None where there is none: a continued stream may have nothing left to tell."""
+    return await anext(events, None)
 
 
 async def _disconnected(receive: Receive) -> None:

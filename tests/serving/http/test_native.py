@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from serving.grammar import GrammarCompiler
 from serving.http.native_protocol import (
     NATIVE_NOT_SERVED_YET,
     SAMPLING_NOT_SERVED_YET,
@@ -286,6 +287,35 @@ def test_a_stream_goes_on_where_another_broke():
                 http, params, input_ids=[[5], [6]], stream=True, continue_from=begun
             )
             assert "for each of the 2 answers, got 1" in refused.json()["error"]["message"]
+
+    run(main)
+
+
+def test_a_stream_with_nothing_left_to_tell():
+    async def main():
+        async with serving() as (http, _, engine):
+            begun = [{"token_ids": [20, 21], "finished": True}]
+            body = {"stream": True, "continue_from": begun}
+            for path, prompt in (("/generate", "input_ids"), ("/v1/completions", "prompt")):
+                response = await http.post(path, json=body | {prompt: [5]})
+                assert (response.status_code, response.text) == (200, "data: [DONE]\n\n")
+            assert engine.seen == []
+
+    run(main)
+
+
+def test_a_grammar_for_each_prompt():
+    async def main():
+        async with serving(grammars=GrammarCompiler(lambda: TOKENIZER)) as (http, _, engine):
+            params = [{"regex": "a+"}, {"json_schema": '{"type": "object"}'}, {}]
+            response = await post(http, params, text=["x", "y", "z"])
+            assert response.status_code == 200
+            grammars = [request.sampling.grammar for request in engine.seen]
+            assert [g and g.kind for g in grammars] == ["regex", "json_schema", None]
+            params[1] = {"json_schema": {"type": 5}}
+            response = await post(http, params, text=["x", "y", "z"])
+            assert response.status_code == 400
+            assert len(engine.seen) == 3
 
     run(main)
 
