@@ -75,6 +75,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 30000
     log_level: str = "info"
+    incremental_streaming_output: bool = False
     api_key: str | None = field(default=None, repr=False)
     admin_api_key: str | None = field(default=None, repr=False)
     cors_allow_origins: tuple[str, ...] = ()
@@ -472,6 +473,13 @@ def _add_http_flags(group: _Group) -> None:
     _add(group, "--host", help="address to listen on")
     _add(group, "--port", type=int, help="port to listen on")
     _add(group, "--log-level", choices=("debug", "info", "warning", "error"), help="log level")
+    _add(
+        group,
+        "--incremental-streaming-output",
+        "--stream-output",
+        action="store_true",
+        help="events of a /generate stream tell the new text and tokens only, not the whole answer",
+    )
     _add(
         group,
         "--api-key",

@@ -1,7 +1,8 @@
 """POST /generate: SGLang's own way to generate, one prompt or a batch, text or token ids.
 
 Each prompt of a body becomes a `Call` of its own, with its own id, parameters and stops; they run
-side by side. Streams tell the whole answer so far in every event, as SGLang does.
+side by side. Streams tell the whole answer so far in every event, as SGLang does, unless
+--incremental-streaming-output asks for the new pieces only.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from serving.http.calls import Call, Job, check_num_answers, check_num_tokens, m
 from serving.http.completions import MAX_PROMPTS
 from serving.http.constraints import check_constraint, constraint
 from serving.http.errors import ApiError, json_response, to_api_error
-from serving.http.generation import Answer, Delta, generation, merged
+from serving.http.generation import Delta, generation, merged
+from serving.http.native_answer import GrowingAnswer
 from serving.http.native_protocol import (
     NATIVE_NOT_SERVED_YET,
     SAMPLING_NOT_SERVED_YET,
     GenerateBody,
     Generated,
-    LogprobEntry,
-    MetaInfo,
-    NativeFinish,
     SamplingBody,
 )
 from serving.http.protocol import ErrorEvent, GenerationBody, read_body, refuse
@@ -42,8 +41,7 @@ from serving.http.sampling import (
     sampling_params,
 )
 from serving.http.sse import Events, stream, unless_disconnected
-from serving.http.state import WEIGHT_VERSION, ServerState
-from serving.messages import FirstToken
+from serving.http.state import ServerState
 from serving.request import MAX_TOP_LOGPROBS, SamplingParams
 
 T = TypeVar("T")
@@ -362,8 +360,9 @@ async def _events(
     state: ServerState, wanted: Sequence[Wanted], *, listed: bool, with_text: bool
 ) -> Events:
     """Every event is an answer so far; where there are several, they are numbered."""
+    incremental = state.config.incremental_streaming_output
     async with _running(state, wanted) as (ids, deltas):
-        answers = _answers(state, wanted, ids, with_text=with_text)
+        answers = _answers(state, wanted, ids, with_text=with_text, incremental=incremental)
         async for number, delta in deltas:
             answer = answers[number][delta.index]
             answer.add(delta)
@@ -376,97 +375,25 @@ async def _events(
 
 
 def _answers(
-    state: ServerState, wanted: Sequence[Wanted], ids: Sequence[str], *, with_text: bool
-) -> list[list[_Growing]]:
+    state: ServerState,
+    wanted: Sequence[Wanted],
+    ids: Sequence[str],
+    *,
+    with_text: bool,
+    incremental: bool = False,
+) -> list[list[GrowingAnswer]]:
     """The answers of each prompt, empty."""
     return [
-        [_Growing(state, one, answer_id, with_text=with_text) for _ in one.call.jobs]
+        [
+            GrowingAnswer(
+                state,
+                one.call,
+                answer_id,
+                start=one.start,
+                with_text=with_text,
+                incremental=incremental,
+            )
+            for _ in one.call.jobs
+        ]
         for one, answer_id in zip(wanted, ids, strict=True)
     ]
-
-
-class _Growing:
-    """One answer as far as it has come. What it tells must be encoded before it grows."""
-
-    def __init__(
-        self, state: ServerState, wanted: Wanted, answer_id: str, *, with_text: bool
-    ) -> None:
-        self._state, self._wanted, self._id = state, wanted, answer_id
-        self._with_text = with_text
-        self._answer = Answer()
-        self._ids: list[int] = []
-        self._logprobs: list[LogprobEntry] = []
-        self._tops: list[list[LogprobEntry]] = []
-        self._input_logprobs: list[LogprobEntry] = []
-        self._input_tops: list[list[LogprobEntry] | None] = []
-
-    def add(self, delta: Delta) -> None:
-        """Put the next piece behind.
-
-        Raises:
-            ApiError: the engine did not score what it was asked to score.
-        """
-        self._answer.add(delta)
-        for token in delta.tokens:
-            event = token.event
-            if event.token_id is not None:
-                self._ids.append(event.token_id)
-                self._logprobs.append(self._entry(event.logprob, event.token_id))
-                self._tops.append([self._entry(p, i) for i, p in event.top_logprobs or ()])
-        if self._wanted.start is not None and delta.first is not None:
-            self._add_prompt(delta.first, self._wanted.start)
-
-    def _add_prompt(self, first: FirstToken, start: int) -> None:
-        """The log probabilities of the prompt's tokens from `start` on."""
-        prompt, scores = self._wanted.call.jobs[0].prompt, first.prompt_scores
-        if scores is None or len(scores) != len(prompt) - 1:
-            raise ApiError(
-                "The engine did not score the prompt.", status=500, kind="InternalServerError"
-            )
-        if start == 0:
-            self._input_logprobs.append(self._entry(None, prompt[0]))
-            self._input_tops.append(None)
-        for score in scores[max(0, start - 1) :]:
-            self._input_logprobs.append(self._entry(score.logprob, score.token_id))
-            self._input_tops.append([self._entry(p, i) for i, p in score.top_logprobs])
-
-    def _entry(self, logprob: float | None, token_id: int) -> LogprobEntry:
-        text = None
-        if self._with_text:
-            text = self._state.tokenizer.token_bytes(token_id).decode(errors="replace")
-        return logprob, token_id, text
-
-    def told(self) -> Generated:
-        """The answer so far."""
-        answer, call, first = self._answer, self._wanted.call, self._answer.first
-        num_prompt = len(call.jobs[0].prompt)
-        meta = MetaInfo(
-            id=self._id,
-            finish_reason=_finish(answer),
-            prompt_tokens=num_prompt,
-            completion_tokens=len(answer.tokens),
-            cached_tokens=0 if first is None else min(first.cached_tokens, num_prompt),
-            weight_version=WEIGHT_VERSION,
-            dp_rank=None if first is None else first.dp_rank,
-        )
-        if answer.finish_reason is not None:
-            meta.e2e_latency = self._state.timer() - call.began
-        if call.logprobs is not None:
-            meta.input_token_logprobs = self._input_logprobs
-            meta.output_token_logprobs = self._logprobs
-        if call.logprobs:
-            meta.input_top_logprobs = self._input_tops
-            meta.output_top_logprobs = self._tops
-        return Generated(text=answer.text, output_ids=self._ids, meta_info=meta)
-
-
-def _finish(answer: Answer) -> NativeFinish | None:
-    match answer.finish_reason:
-        case None:
-            return None
-        case "stop":
-            return NativeFinish(type="stop", matched=answer.matched_stop)
-        case "length":
-            return NativeFinish(type="length", length=len(answer.tokens))
-        case reason:
-            return NativeFinish(type=reason, message="Aborted")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from serving.config import parse_args
 from serving.grammar import GrammarCompiler
 from serving.http.native_protocol import (
     NATIVE_NOT_SERVED_YET,
@@ -247,6 +248,33 @@ def test_a_stream_tells_the_answer_so_far():
             assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 6}
             assert len(told) > 2
             assert not any("index" in event for event in told)
+
+    run(main)
+
+
+def test_a_stream_of_new_pieces_only():
+    config = parse_args(["--served-model-name", "tiny", "--incremental-streaming-output"])
+
+    async def main():
+        async with serving(config=config) as (http, _, _engine):
+            body = {"input_ids": [5, 6], "return_logprob": True, "logprob_start_len": 0}
+            params = {"max_new_tokens": 6}
+            whole = (await post(http, params, **body)).json()
+            response = await post(http, params, stream=True, **body)
+            told = [json.loads(event) for event in events_of(response.text)[:-1]]
+            assert len(told) > 2
+            assert "".join(event["text"] for event in told) == whole["text"]
+            for name in ("input_token_logprobs", "output_token_logprobs"):
+                joined = [one for event in told for one in event["meta_info"][name]]
+                assert joined == whole["meta_info"][name]
+            assert [i for event in told for i in event["output_ids"]] == whole["output_ids"]
+            assert told[-1]["meta_info"]["completion_tokens"] == 6
+            begun = [{"token_ids": whole["output_ids"][:3]}]
+            del body["return_logprob"]
+            response = await post(http, params, stream=True, continue_from=begun, **body)
+            told = [json.loads(event) for event in events_of(response.text)[:-1]]
+            assert told[-1]["meta_info"]["completion_tokens"] == 6
+            assert [i for event in told for i in event["output_ids"]] == whole["output_ids"][3:]
 
     run(main)
 
