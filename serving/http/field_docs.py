@@ -43,6 +43,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "ChatBody": ("messages",),
     "DetokenizeBody": ("tokens",),
     "ResponsesBody": ("input",),
+    "ContentPart": ("type", "text"),
+    "InputItem": ("role", "content"),
+    "InputPart": ("type", "text"),
 }
 """Fields without a default, which are declared with one so that their absence gets a sentence."""
 
@@ -58,7 +61,13 @@ def field_docs(limits: Limits) -> Mapping[str, Schema]:
 
     `type`, `anyOf`, `oneOf` or `enum` stand for the whole type that the struct declares.
     """
-    return {**_answer_length(limits), **_sampling(limits), **_form(), **_prompts(limits)}
+    return {
+        **_answer_length(limits),
+        **_sampling(limits),
+        **_form(limits),
+        **_messages(limits),
+        **_prompts(limits),
+    }
 
 
 def _answer_length(limits: Limits) -> dict[str, Schema]:
@@ -176,10 +185,11 @@ def _sampling(limits: Limits) -> dict[str, Schema]:
     }
 
 
-def _form() -> dict[str, Schema]:
+def _form(limits: Limits) -> dict[str, Schema]:
     """How to answer, and where to run."""
     schema = {"anyOf": [{"type": ["object", "boolean"]}, {"type": "string"}, {"type": "null"}]}
     key = {"maxLength": MAX_CACHE_KEY_LENGTH}
+    rank = {"minimum": 0, "maximum": limits.num_slices - 1}
     return {
         "json_schema": {"description": "The answer is JSON of this schema.", **schema},
         "regex": {"description": "The answer matches this regular expression."},
@@ -215,8 +225,8 @@ def _form() -> dict[str, Schema]:
             "maxLength": MAX_RID_LENGTH,
         },
         "stream": {"description": "Answer with server-sent events."},
-        "routed_dp_rank": {"description": "The slice that must run the request.", "minimum": 0},
-        "data_parallel_rank": {"description": "Old name of routed_dp_rank.", "minimum": 0},
+        "routed_dp_rank": {"description": "The slice that must run the request.", **rank},
+        "data_parallel_rank": {"description": "Old name of routed_dp_rank.", **rank},
         "priority": {
             "description": "Higher starts first and is retracted last.",
             "minimum": -MAX_PRIORITY,
@@ -245,6 +255,29 @@ def _form() -> dict[str, Schema]:
             "maximum": MAX_LOGPROBS,
         },
     }
+
+
+def _messages(limits: Limits) -> dict[str, Schema]:
+    roles = ["system", "developer", "user", "assistant"]
+    return {
+        "messages": {"description": "The conversation, oldest message first.", "minItems": 1},
+        "Message.role": {"enum": roles},
+        "ContentPart.type": {"const": "text", "type": "string"},
+        "input": {"description": "A text, or the conversation so far.", **_not_empty()},
+        "instructions": {"description": "The system message, in front of the input."},
+        "InputItem.type": {"enum": [None, "message"]},
+        "InputItem.role": {"enum": roles},
+        "InputPart.type": {"enum": ["input_text", "output_text", "text"]},
+        "continue_from": {
+            "description": "Of a stream that broke: how far each answer had come.",
+            "minItems": 1,
+        },
+        "Begun.token_ids": {"type": "array", "items": _token(limits)},
+    }
+
+
+def _not_empty() -> Schema:
+    return {"minLength": 1, "minItems": 1}
 
 
 def _prompts(limits: Limits) -> dict[str, Schema]:
@@ -279,9 +312,6 @@ def _prompts(limits: Limits) -> dict[str, Schema]:
             "description": "Token ids, or several lists of them.",
             "anyOf": [any_ids, {"type": "array", "maxItems": MAX_PROMPTS, "items": any_ids}],
         },
-        "input": {"description": "A text, or the conversation so far.", "minLength": 1},
-        "instructions": {"description": "The system message, in front of the input."},
-        "messages": {"description": "The conversation, oldest message first.", "minItems": 1},
     }
 
 

@@ -6,7 +6,7 @@ context, slices) are those of the model that is served.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,6 @@ class Operation:
         errors: statuses of errors, but for 401.
         error: the struct of an error's body.
         text_errors: statuses whose body is plain text.
-        protected: a key is needed where the server has one.
     """
 
     summary: str
@@ -84,7 +83,6 @@ class Operation:
     errors: tuple[int, ...] = (500,)
     error: type[msgspec.Struct] = ErrorBody
     text_errors: tuple[int, ...] = ()
-    protected: bool = True
 
 
 HEALTH: Schema = {
@@ -104,7 +102,6 @@ _HEALTH = Operation(
     summary="Whether the engine answers and its step loop moves.",
     answer=HEALTH,
     errors=(503,),
-    protected=False,
 )
 _LOADS = Operation(
     summary="How loaded each slice is.", answer=OBJECT, query=_LOADS_QUERY, errors=(400, 503)
@@ -178,9 +175,8 @@ OPERATIONS: dict[str, Operation] = {
         summary="Whether a token came a moment ago, or one can be generated now.",
         answer=HEALTH,
         errors=(503,),
-        protected=False,
     ),
-    "/metrics": Operation(summary="Prometheus metrics.", errors=(503,), protected=False),
+    "/metrics": Operation(summary="Prometheus metrics.", errors=(503,)),
     "/v1/loads": _LOADS,
     "/get_loads": _LOADS,
     "/get_load": Operation(
@@ -206,6 +202,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 """What each path takes and answers, in the document's order."""
 
+PARTS_OF_BODIES = ("SamplingBody", "Message", "ContentPart", "InputItem", "InputPart", "Begun")
 _REFUSED_FIELDS: dict[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     GenerationBody: NOT_SERVED_YET,
     GenerateBody: NATIVE_NOT_SERVED_YET,
@@ -219,11 +216,18 @@ _STREAM = (
 )
 
 
-def document(methods: Iterable[tuple[str, str]], *, version: str, limits: Limits) -> dict[str, Any]:
+def document(
+    methods: Iterable[tuple[str, str]],
+    *,
+    version: str,
+    limits: Limits,
+    protected: Callable[[str], bool],
+) -> dict[str, Any]:
     """The OpenAPI document.
 
     Args:
         methods: (methods, path) of every route, as in `app.ROUTES`.
+        protected: whether a path needs a key.
     """
     structs = _structs()
     refs, schemas = msgspec.json.schema_components(structs, ref_template=REF)
@@ -236,7 +240,7 @@ def document(methods: Iterable[tuple[str, str]], *, version: str, limits: Limits
         paths[path] = {
             method.lower(): {
                 "operationId": _operation_id(method, path),
-                **_operation(operation, ref_of),
+                **_operation(operation, ref_of, protected=protected(path)),
             }
             for method in names.split()
         }
@@ -271,7 +275,9 @@ def _operation_id(method: str, path: str) -> str:
     return f"{method.lower()}_{words.replace('/', '_').replace('.', '_')}"
 
 
-def _operation(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, Any]:
+def _operation(
+    operation: Operation, ref_of: Mapping[Any, Schema], *, protected: bool
+) -> dict[str, Any]:
     told: dict[str, Any] = {"summary": operation.summary}
     parameters = [
         {"name": name, "in": place, "required": place == "path", "schema": schema}
@@ -284,8 +290,13 @@ def _operation(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
         content = {"application/json": {"schema": ref_of[operation.body]}}
         told["requestBody"] = {"required": True, "content": content}
     told["responses"] = _responses(operation, ref_of)
-    if operation.protected:
+    if protected:
         told["security"] = [{"key": []}]
+        error: Schema = {"type": "object", "properties": {"error": {"type": "string"}}}
+        told["responses"]["401"] = {
+            "description": STATUS_TEXTS[401],
+            "content": {"application/json": {"schema": error}},
+        }
     return told
 
 
@@ -319,12 +330,6 @@ def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
         if status in operation.text_errors:
             content = {TEXT: {"schema": {"type": "string"}}}
         responses[str(status)] = {"description": STATUS_TEXTS[status], "content": content}
-    if operation.protected:
-        error: Schema = {"type": "object", "properties": {"error": {"type": "string"}}}
-        responses["401"] = {
-            "description": STATUS_TEXTS[401],
-            "content": {"application/json": {"schema": error}},
-        }
     return responses
 
 
@@ -340,7 +345,7 @@ def _describe(schemas: dict[str, Any], limits: Limits) -> None:
         for base, fields in _REFUSED_FIELDS.items()
         for kind in (base, *base.__subclasses__())
     }
-    bodies = {op.body.__name__ for op in OPERATIONS.values() if op.body} | {"SamplingBody"}
+    bodies = {op.body.__name__ for op in OPERATIONS.values() if op.body} | {*PARTS_OF_BODIES}
     for struct in bodies & schemas.keys():
         schema = schemas[struct]
         properties = schema["properties"]
