@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, fields
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,11 @@ MOE_A2A_BACKENDS = ("none", "all_to_all", "deepep")
 LOAD_BALANCE_METHODS = ("auto", "round_robin", "total_requests", "total_tokens", "cache_aware")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
 GRAMMAR_BACKENDS = ("llguidance", "none")
+
+MAX_GRACE_S = 86400
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@,\s]+")
+SECRETS = ("api_key", "admin_api_key")
+"""Fields that no answer, log or error text shows."""
 
 
 class ConfigError(ValueError):
@@ -69,6 +75,11 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 30000
     log_level: str = "info"
+    incremental_streaming_output: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
+    cors_allow_origins: tuple[str, ...] = ()
+    shutdown_grace_period_secs: float = 10.0
     compilation_cache_dir: str | None = None
     warnings: tuple[str, ...] = ()
     """What the user should know about how the flags were understood; logged at start."""
@@ -77,6 +88,14 @@ class ServerConfig:
     def model_name(self) -> str:
         """The name clients see: --served-model-name, else the last part of the model path."""
         return self.served_model_name or Path(self.model_path).resolve().name
+
+    def told(self) -> dict[str, Any]:
+        """All of it that clients may know: everything but the keys."""
+        return {name: value for name, value in asdict(self).items() if name not in SECRETS}
+
+    def without_secrets(self) -> ServerConfig:
+        """The same for a process that needs no keys."""
+        return replace(self, **dict.fromkeys(SECRETS))
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a single value out of range."""
@@ -119,6 +138,12 @@ class ServerConfig:
                 "--enable-deterministic-inference runs prefill and decode in steps of their own; "
                 "it does not go with --prefill-decode-interval or --enable-prefill-delayer."
             )
+        if not 0 <= self.shutdown_grace_period_secs <= MAX_GRACE_S:
+            raise ConfigError(
+                f"--shutdown-grace-period-secs must be between 0 and {MAX_GRACE_S}, got "
+                f"{self.shutdown_grace_period_secs}."
+            )
+        self._check_access()
         for name in ("decode_buckets", "extend_buckets"):
             value = getattr(self, name)
             if value is not None and (not value or min(value) < 1):
@@ -130,6 +155,23 @@ class ServerConfig:
                 "--served-model-name cannot contain a colon (':') character, got "
                 f"'{self.model_name}'."
             )
+
+    def _check_access(self) -> None:
+        for name in SECRETS:
+            key = getattr(self, name)
+            if key is not None and not (key and all("!" <= char <= "~" for char in key)):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be visible ASCII characters without spaces, "
+                    "at least one."
+                )
+        if self.api_key is not None and self.api_key == self.admin_api_key:
+            raise ConfigError("--api-key and --admin-api-key must differ.")
+        for origin in self.cors_allow_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "--cors-allow-origins must be * or origins like https://example.org (no path) "
+                    f"separated by commas, got '{origin}'."
+                )
 
 
 def default_compilation_cache_dir() -> str:
@@ -147,6 +189,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 _Group = argparse._ArgumentGroup
@@ -181,7 +227,7 @@ def _add(group: _Group, *names: str, **options: Any) -> None:
     if dest in known and "action" not in options:
         options.setdefault("default", None)
         default = getattr(ServerConfig(), dest)
-        if default is not None:
+        if default not in (None, ()):
             options["help"] += f" (default: {default})"
     group.add_argument(*names, **options)
 
@@ -427,6 +473,38 @@ def _add_http_flags(group: _Group) -> None:
     _add(group, "--host", help="address to listen on")
     _add(group, "--port", type=int, help="port to listen on")
     _add(group, "--log-level", choices=("debug", "info", "warning", "error"), help="log level")
+    _add(
+        group,
+        "--incremental-streaming-output",
+        "--stream-output",
+        action="store_true",
+        help="events of a /generate stream tell the new text and tokens only, not the whole answer",
+    )
+    _add(
+        group,
+        "--api-key",
+        help="clients must send it as 'Authorization: Bearer KEY', except to /health*, /metrics "
+        "and /ping; better in the environment as MESHSERVE_API_KEY, where ps does not show it",
+    )
+    _add(
+        group,
+        "--admin-api-key",
+        help="needed for /flush_cache and /abort_request instead of --api-key; opens the rest "
+        "too; or MESHSERVE_ADMIN_API_KEY",
+    )
+    _add(
+        group,
+        "--cors-allow-origins",
+        type=_names,
+        help="origins whose pages may ask from a browser, separated by commas, or *; default: none",
+    )
+    _add(
+        group,
+        "--shutdown-grace-period-secs",
+        type=float,
+        help="how long running answers may go on after SIGTERM or SIGINT; what is left then ends "
+        "with an error event",
+    )
     group.add_argument(
         "--enable-metrics",
         action="store_true",
@@ -452,6 +530,9 @@ def parse_args(argv: list[str]) -> ServerConfig:
         SystemExit: --help was asked for.
     """
     args = vars(make_parser().parse_args(argv))
+    for name in SECRETS:
+        if args[name] is None:
+            args[name] = os.environ.get(f"MESHSERVE_{name.upper()}") or None
     if args.pop("nnodes") != 1 or args.pop("node_rank") != 0:
         raise ConfigError("--nnodes > 1 is not supported yet: meshserve runs on one host.")
     for always_on in ("enable_metrics", "enable_cache_report"):

@@ -183,11 +183,16 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text prompt, with the BOS that `add_bos_token` asks for, never two.
 
         Without the flag the tokenizer's own post-processor decides.
+
+        Args:
+            add_special_tokens: False for the text's own tokens only.
         """
+        if not add_special_tokens:
+            return self._encode(text, add_special_tokens=False)
         ids: list[int] = self._encode(text, add_special_tokens=self._add_bos is not False)
         if self._add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)

@@ -43,6 +43,7 @@ class Job:
         echo: the prompt's text, where the answer begins with it.
         score_only: nothing is generated but log probabilities of the prompt. The engine generates
             at least one token; it is dropped.
+        scored: the prompt's tokens are scored even if it is not echoed.
         begun: tokens of the answer that its reader has; generation goes on behind them.
         finished: they are the whole answer.
     """
@@ -51,6 +52,7 @@ class Job:
     sampling: SamplingParams
     echo: Echo | None = None
     score_only: bool = False
+    scored: bool = False
     begun: tuple[int, ...] = ()
     finished: bool = False
 

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from msgspec import UNSET, UnsetType
 
@@ -22,6 +23,8 @@ from serving.http.state import ServerState
 from serving.messages import FirstToken, TokenEvent
 from serving.request import Request
 from serving.tokenizer import StopMatcher, Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +147,7 @@ async def generation(
             _deltas(state, i, job, _request(f"{engine_rid}.{i}", job, call), call)
             for i, job in enumerate(call.jobs)
         ]
-        async with aclosing(answers[0] if len(answers) == 1 else _merge(answers)) as deltas:
+        async with aclosing(answers[0] if len(answers) == 1 else merged(answers)) as deltas:
             yield answer_id, deltas
 
 
@@ -157,7 +160,7 @@ def _request(rid: str, job: Job, call: Call) -> Request:
         priority=call.routing.priority,
         dp_rank=call.routing.dp_rank,
         cache_key=call.routing.cache_key,
-        prompt_logprobs=None if job.echo is None else call.logprobs,
+        prompt_logprobs=call.logprobs if job.scored or job.echo is not None else None,
     )
 
 
@@ -279,20 +282,20 @@ def _engine_error(event: TokenEvent) -> ApiError:
             return ApiError(message, status=500, kind="InternalServerError")
 
 
-async def _merge(answers: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """The deltas of several answers as they come; the first error ends all."""
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of several generators as they come; the first error ends all."""
+    queue: asyncio.Queue[_Item[T] | Exception | None] = asyncio.Queue()
 
-    async def pump(answer: AsyncGenerator[Delta, None]) -> None:
+    async def pump(source: AsyncGenerator[T, None]) -> None:
         try:
-            async with aclosing(answer):
-                async for delta in answer:
-                    queue.put_nowait(delta)
+            async with aclosing(source):
+                async for item in source:
+                    queue.put_nowait(_Item(item))
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(answer)) for answer in answers]
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
     try:
         num_running = len(tasks)
         while num_running:
@@ -302,8 +305,15 @@ async def _merge(answers: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerat
             elif isinstance(item, Exception):
                 raise item
             else:
-                yield item
+                yield item.value
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item(Generic[T]):
+    """Something of a source, whatever its type, in a queue that also holds errors and ends."""
+
+    value: T

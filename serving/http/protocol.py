@@ -7,6 +7,7 @@ unknown (ignored). Ranges are checked in `sampling`; here only types are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -146,7 +147,12 @@ NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
 
 def refuse_not_served(body: GenerationBody) -> None:
     """Raises ApiError naming the first field that asks for what is not served yet."""
-    for name, neutral in NOT_SERVED_YET.items():
+    refuse(body, NOT_SERVED_YET)
+
+
+def refuse(body: msgspec.Struct, fields: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ApiError for the first of `fields` that is neither null nor one of its values."""
+    for name, neutral in fields.items():
         value = getattr(body, name, None)
         if value is not None and value not in neutral:
             hint = f" or set it to {msgspec.json.encode(neutral[0]).decode()}" if neutral else ""

@@ -1,0 +1,269 @@
+"""POST /v1/responses: by the openai client, by its events, and what it refuses."""
+
+import asyncio
+import json
+
+import httpx
+import openai
+import pydantic
+import pytest
+
+from serving.grammar import GrammarCompiler
+from serving.http.app import make_app
+from serving.http.responses_protocol import RESPONSES_NOT_SERVED, ResponsesBody
+from tests.fakes import FakeEngine, answer, scripted
+from tests.serving.http.support import TOKENIZER, run, serving
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def client_of(state):
+    transport = httpx.ASGITransport(app=make_app(state), raise_app_exceptions=False)
+    return openai.AsyncOpenAI(
+        base_url="http://test/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=httpx.AsyncClient(transport=transport),
+    )
+
+
+def text_of(prompt, num):
+    return TOKENIZER.decode(answer(prompt, num))
+
+
+def events_of(text):
+    """(name, event) of each event of a named stream."""
+    found = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+def test_by_the_client():
+    async def main():
+        async with serving() as (_, state, engine):
+            async with client_of(state) as client:
+                response = await client.responses.create(
+                    model="tiny",
+                    instructions="Be brief.",
+                    input="hi",
+                    max_output_tokens=5,
+                    temperature=0.5,
+                    metadata={"a": "b"},
+                )
+            (seen,) = engine.seen
+            assert seen.prompt == tuple(
+                TOKENIZER.encode_chat(
+                    [
+                        {"role": "system", "content": "Be brief."},
+                        {"role": "user", "content": "hi"},
+                    ]
+                )
+            )
+            assert seen.sampling.temperature == 0.5
+            assert response.output_text == text_of(seen.prompt, 5)
+            assert response.status == "incomplete"
+            assert response.incomplete_details.reason == "max_output_tokens"
+            assert response.id.startswith("resp-")
+            assert response.metadata == {"a": "b"}
+            assert (response.temperature, response.top_p) == (0.5, 1.0)
+            assert response.usage.input_tokens == len(seen.prompt)
+            assert response.usage.output_tokens == 5
+            assert response.usage.total_tokens == len(seen.prompt) + 5
+            (item,) = response.output
+            assert (item.type, item.role, item.status) == ("message", "assistant", "incomplete")
+
+    run(main)
+
+
+def test_a_conversation_and_a_stop():
+    async def main():
+        engine = FakeEngine(next_token=scripted([20, 21, 22]))
+        async with serving(engine) as (http, _, _engine):
+            items = [
+                {"role": "developer", "content": "D"},
+                {
+                    "type": "message",
+                    "role": "user",
+                    "content": [{"type": "input_text", "text": "U"}],
+                },
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "id": "msg_1",
+                    "status": "completed",
+                    "content": [{"type": "output_text", "text": "A", "annotations": []}],
+                },
+                {"role": "user", "content": "V"},
+            ]
+            stop = TOKENIZER.decode([22])
+            body = {"input": items, "stop": stop, "max_output_tokens": 50}
+            told = (await http.post("/v1/responses", json=body)).json()
+            said = [("system", "D"), ("user", "U"), ("assistant", "A"), ("user", "V")]
+            messages = [{"role": role, "content": content} for role, content in said]
+            assert engine.seen[0].prompt == tuple(TOKENIZER.encode_chat(messages))
+            assert told["status"] == "completed"
+            assert told["output"][0]["content"][0]["text"] == TOKENIZER.decode([20, 21])
+            assert told["incomplete_details"] is None
+
+    run(main)
+
+
+def test_the_client_streams():
+    async def main():
+        async with serving() as (_, state, engine):
+            async with client_of(state) as client:
+                events = await client.responses.create(
+                    model="tiny", input="hi", max_output_tokens=6, stream=True
+                )
+                told = [event async for event in events]
+            names = [event.type for event in told]
+            assert names[:4] == [
+                "response.created",
+                "response.in_progress",
+                "response.output_item.added",
+                "response.content_part.added",
+            ]
+            deltas = names[4:-4]
+            assert deltas
+            assert set(deltas) == {"response.output_text.delta"}
+            assert names[-4:] == [
+                "response.output_text.done",
+                "response.content_part.done",
+                "response.output_item.done",
+                "response.incomplete",
+            ]
+            assert [event.sequence_number for event in told] == list(range(len(told)))
+            text = "".join(event.delta for event in told[4:-4])
+            assert text == text_of(engine.seen[0].prompt, 6) == told[-1].response.output_text
+            assert told[0].response.status == "in_progress"
+            assert told[0].response.output == []
+            assert told[-1].response.id == told[0].response.id
+            assert {e.item_id for e in told[4:-3]} == {told[2].item.id, told[-2].item.id}
+
+    run(main)
+
+
+def test_the_wire_names_events_and_says_no_done():
+    async def main():
+        async with serving() as (http, _, _engine):
+            body = {"input": "hi", "max_output_tokens": 2, "stream": True, "rid": "mine"}
+            response = await http.post("/v1/responses", json=body)
+            events = events_of(response.text)
+            assert all(name == event["type"] for name, event in events)
+            assert events[0][1]["response"]["id"] == "mine"
+            assert "[DONE]" not in response.text
+
+    run(main)
+
+
+class Kite(pydantic.BaseModel):
+    name: str
+
+
+def test_the_client_parses():
+    """The fake engine says what a constrained one would have to."""
+    text = '{"name":"red"}'
+    tokens = TOKENIZER.encode(text, add_special_tokens=False)
+    engine = FakeEngine(next_token=scripted([*tokens, TOKENIZER.eos_token_ids[0]]))
+
+    async def main():
+        grammars = GrammarCompiler(lambda: TOKENIZER)
+        async with serving(engine, grammars=grammars) as (_, state, _engine):
+            async with client_of(state) as client:
+                response = await client.responses.parse(model="tiny", input="x", text_format=Kite)
+            assert response.output_parsed == Kite(name="red")
+            grammar = engine.seen[0].sampling.grammar
+            assert grammar.kind == "json_schema"
+            assert json.loads(grammar.text)["properties"].keys() == {"name"}
+            async with (
+                client_of(state) as client,
+                client.responses.stream(model="tiny", input="x", text_format=Kite) as events,
+            ):
+                async for _ in events:
+                    pass
+                final = await events.get_final_response()
+            assert final.output_parsed == Kite(name="red")
+
+    run(main)
+
+
+def test_failures():
+    async def main():
+        async with serving(FakeEngine(error_at=3, error_status=503, error_message="Full.")) as (
+            http,
+            _,
+            _engine,
+        ):
+            body = {"input": "hi", "stream": True}
+            *_, (name, event) = events_of((await http.post("/v1/responses", json=body)).text)
+            assert name == "response.failed"
+            assert event["response"]["status"] == "failed"
+            assert event["response"]["error"] == {"code": "server_error", "message": "Full."}
+        async with serving(FakeEngine(error_at=0, error_status=503, error_message="Full.")) as (
+            http,
+            _,
+            _engine,
+        ):
+            response = await http.post("/v1/responses", json=body)
+            assert response.status_code == 503
+
+    run(main)
+
+
+def test_abort():
+    async def main():
+        engine = FakeEngine(delay_s=0.02)
+        async with serving(engine) as (http, _, _engine):
+            body = {"input": "hi", "rid": "z", "ignore_eos": True}
+            task = asyncio.create_task(http.post("/v1/responses", json=body))
+            while not engine.running:
+                await asyncio.sleep(0.005)
+            await http.post("/abort_request", json={"rid": "z"})
+            assert (await task).json()["status"] == "cancelled"
+
+    run(main)
+
+
+WRONG = [
+    ({}, "input is missing."),
+    ({"input": ""}, "input cannot be empty."),
+    ({"input": []}, "input cannot be empty."),
+    ({"input": 5}, "input: expected"),
+    ({"input": [{"role": "king", "content": "x"}]}, "input[0].role must be one of"),
+    ({"input": [{"role": "user"}]}, "input[0].content is missing."),
+    ({"input": [{"type": "reasoning"}]}, "input[0].type 'reasoning' is not supported"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+        "input[0].content[0] must be a part of type input_text",
+    ),
+    ({"input": "x", "max_output_tokens": 0}, "max_output_tokens must be positive, got 0."),
+    ({"input": "x", "max_output_tokens": 10**9}, "max_output_tokens is too large"),
+    ({"input": "x" * 5000}, "longer than the model's context length"),
+    ({"input": "x", "temperature": -1}, "temperature must be"),
+    ({"input": "x", "text": {"format": {"type": "no"}}}, "text.format.type must be one of"),
+    ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "schema_ is required"),
+    ({"input": "x", "text": {"format": {"type": "json_object"}}}, "--grammar-backend none"),
+    ({"input": "x", "previous_response_id": "r"}, "Send the whole conversation as input"),
+    ({"input": "x", "store": True}, "responses are not stored here"),
+    ({"input": "x", "background": True}, "Use stream"),
+    ({"input": "x", "tools": [{"type": "function"}]}, "tools is not supported: tools are not"),
+]
+
+
+def test_wrong_bodies_are_400_with_a_sentence():
+    async def main():
+        async with serving() as (http, _, engine):
+            for body, sentence in WRONG:
+                response = await http.post("/v1/responses", json=body)
+                assert response.status_code == 400, (body, response.text)
+                assert sentence in response.json()["message"], (body, response.text)
+            assert engine.seen == []
+            for name, (neutral, _) in RESPONSES_NOT_SERVED.items():
+                assert name in ResponsesBody.__struct_fields__
+                for value in (None, *neutral):
+                    body = {"input": "x", "max_output_tokens": 1, name: value}
+                    assert (await http.post("/v1/responses", json=body)).status_code == 200, body
+
+    run(main)
