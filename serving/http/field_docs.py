@@ -55,6 +55,21 @@ ONE_OF: dict[str, tuple[str, ...]] = {
 }
 """Of these fields exactly one must be given."""
 
+WHOLE: dict[str, Schema] = {
+    "Message": {
+        "required": ["role"],
+        "if": {"properties": {"role": {"const": "assistant"}}},
+        "else": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+    },
+    "AbortBody": {
+        "anyOf": [
+            {"required": ["rid"], "properties": {"rid": {"type": "string", "minLength": 1}}},
+            {"required": ["abort_all"], "properties": {"abort_all": {"const": True}}},
+        ]
+    },
+}
+"""What else is true of a whole struct."""
+
 
 def field_docs(limits: Limits) -> Mapping[str, Schema]:
     """Schema keywords by "field" or, where it means something else there, "Struct.field".
@@ -207,16 +222,14 @@ def _form(limits: Limits) -> dict[str, Schema]:
                         "json_schema": {
                             "type": "object",
                             "required": ["schema"],
-                            "properties": {
-                                "name": {"type": "string"},
-                                "schema": {"type": ["object", "boolean"]},
-                            },
+                            "properties": {"schema": {"type": ["object", "boolean"]}},
                         },
                     },
                 },
                 {"type": "null"},
             ],
         },
+        "AbortBody.rid": {"description": "The id of a running answer."},
         "model": {"description": "Echoed; the server has one model."},
         "user": {"description": "Ignored."},
         "rid": {
@@ -290,6 +303,7 @@ def _prompts(limits: Limits) -> dict[str, Schema]:
         "items": _token(limits),
     }
     batch = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": ids}
+    null = {"type": "null"}
     any_ids = {"type": "array", "items": _token(limits)}
     return {
         "prompt": {
@@ -301,12 +315,16 @@ def _prompts(limits: Limits) -> dict[str, Schema]:
             "anyOf": [
                 {"type": "string"},
                 {"type": "array", "maxItems": MAX_PROMPTS, "items": {"type": "string"}},
+                null,
             ],
         },
-        "GenerateBody.text": {"description": "One prompt or a batch.", "anyOf": [text, texts]},
+        "GenerateBody.text": {
+            "description": "One prompt or a batch.",
+            "anyOf": [text, texts, null],
+        },
         "GenerateBody.input_ids": {
             "description": "Token ids of one prompt or of a batch.",
-            "anyOf": [ids, batch],
+            "anyOf": [ids, batch, null],
         },
         "tokens": {
             "description": "Token ids, or several lists of them.",

@@ -14,7 +14,7 @@ import msgspec
 
 from serving.http.control import AbortBody
 from serving.http.errors import ErrorBody
-from serving.http.field_docs import ONE_OF, REQUIRED, Limits, Schema, field_docs
+from serving.http.field_docs import ONE_OF, REQUIRED, WHOLE, Limits, Schema, field_docs
 from serving.http.info import ModelCard, ModelInfo, ModelList, WeightVersion
 from serving.http.loads import SECTIONS
 from serving.http.native_protocol import (
@@ -65,7 +65,9 @@ class Operation:
 
     Attributes:
         body: the struct of the request's body.
-        answer: the struct or schema of the answer, or a media type where it is no JSON.
+        answer: the struct or schema of the answer, or a media type where it is no JSON; None for
+            an empty one.
+        texts: media types that the answer may also have, where the query asks for them.
         events: the struct of each event (or the union), where the answer can be a stream.
         query: the query's parameters: name to schema.
         path: the same of the path.
@@ -76,7 +78,8 @@ class Operation:
 
     summary: str
     body: type[msgspec.Struct] | None = None
-    answer: type[msgspec.Struct] | Schema | str = TEXT
+    answer: type[msgspec.Struct] | Schema | str | None = TEXT
+    texts: tuple[str, ...] = ()
     events: Any = None
     query: Mapping[str, Schema] = field(default_factory=dict)
     path: Mapping[str, Schema] = field(default_factory=dict)
@@ -95,6 +98,7 @@ _LOADS_QUERY: dict[str, Schema] = {
     "include": {
         "type": "string",
         "description": f"Of {', '.join(SECTIONS)}, separated by commas.",
+        "pattern": rf"^\s*({'|'.join(SECTIONS)})?\s*(,\s*({'|'.join(SECTIONS)})?\s*)*$",
     },
     "format": {"enum": ["json", "prometheus"], "default": "json"},
 }
@@ -104,7 +108,11 @@ _HEALTH = Operation(
     errors=(503,),
 )
 _LOADS = Operation(
-    summary="How loaded each slice is.", answer=OBJECT, query=_LOADS_QUERY, errors=(400, 503)
+    summary="How loaded each slice is.",
+    answer=OBJECT,
+    texts=(TEXT,),
+    query=_LOADS_QUERY,
+    errors=(400, 503),
 )
 _MODEL_INFO = Operation(summary="What the model is.", answer=ModelInfo)
 _SERVER_INFO = Operation(
@@ -195,7 +203,10 @@ OPERATIONS: dict[str, Operation] = {
         text_errors=(400,),
     ),
     "/abort_request": Operation(
-        summary="End an answer by its id, or all of them.", body=AbortBody, errors=(400, 413)
+        summary="End an answer by its id, or all of them.",
+        body=AbortBody,
+        answer=None,
+        errors=(400, 413),
     ),
     "/openapi.json": Operation(summary="This document.", answer=OBJECT),
     "/docs": Operation(summary="This document as a page.", answer="text/html"),
@@ -210,9 +221,7 @@ _REFUSED_FIELDS: dict[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     ResponsesBody: {name: neutral for name, (neutral, _) in RESPONSES_NOT_SERVED.items()},
 }
 _STREAM = (
-    "Lines 'data: EVENT', each followed by an empty one; an error is an event with an error in it; "
-    "the last is 'data: [DONE]'. /v1/responses names its events in lines 'event: TYPE' and has no "
-    "[DONE]."
+    "One event of the stream. The last is [DONE], but for /v1/responses, which names its events."
 )
 
 
@@ -303,6 +312,8 @@ def _operation(
 def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     match operation.answer:
+        case None:
+            pass
         case str(media_type):
             answers[media_type] = {"schema": {"type": "string"}}
         case dict(schema):
@@ -312,16 +323,13 @@ def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
             answers["application/json"] = {"schema": {"anyOf": [one, _list_of(one)]}}
         case struct:
             answers["application/json"] = {"schema": ref_of[struct]}
+    for media_type in operation.texts:
+        answers[media_type] = {"schema": {"type": "string"}}
     if operation.events is not None:
-        answers["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": _STREAM,
-                "contentMediaType": "application/json",
-                "contentSchema": ref_of[operation.events],
-            }
-        }
-    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": answers}}
+        answers["text/event-stream"] = {"schema": _event(operation, ref_of)}
+    responses: dict[str, Any] = {"200": {"description": "The answer."}}
+    if answers:
+        responses["200"]["content"] = answers
     if operation is _REFUSED:
         del responses["200"]
     for status in operation.errors:
@@ -331,6 +339,24 @@ def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
             content = {TEXT: {"schema": {"type": "string"}}}
         responses[str(status)] = {"description": STATUS_TEXTS[status], "content": content}
     return responses
+
+
+def _event(operation: Operation, ref_of: Mapping[Any, Schema]) -> Schema:
+    """Each event of a stream."""
+    told = [ref_of[operation.events], ref_of[ErrorEvent]]
+    data = {
+        "type": "string",
+        "anyOf": [
+            {"const": "[DONE]"},
+            {"contentMediaType": "application/json", "contentSchema": {"anyOf": told}},
+        ],
+    }
+    return {
+        "type": "object",
+        "description": _STREAM,
+        "required": ["data"],
+        "properties": {"data": data, "event": {"type": "string"}},
+    }
 
 
 def _list_of(schema: Schema) -> Schema:
@@ -357,10 +383,11 @@ def _describe(schemas: dict[str, Any], limits: Limits) -> None:
             properties[name] = _described(old, docs.get(f"{struct}.{name}", docs.get(name, {})))
         if struct in REQUIRED:
             schema["required"] = list(REQUIRED[struct])
-        for name in REQUIRED.get(struct, ()) + ONE_OF.get(struct, ()):
+        for name in REQUIRED.get(struct, ()):
             properties[name] = _not_null(properties[name])
         if struct in ONE_OF:
-            schema["oneOf"] = [{"required": [name]} for name in ONE_OF[struct]]
+            schema["oneOf"] = [_given(name) for name in ONE_OF[struct]]
+        schema.update(WHOLE.get(struct, {}))
 
 
 def _described(schema: Schema, more: Schema) -> Schema:
@@ -368,6 +395,10 @@ def _described(schema: Schema, more: Schema) -> Schema:
         return {**schema, **more}
     kept = {key: schema[key] for key in ("default",) if key in schema}
     return {**kept, **more}
+
+
+def _given(name: str) -> Schema:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
 def _not_null(schema: Schema) -> Schema:

@@ -146,6 +146,7 @@ CONVERSATIONS = [
     ([{"role": "user", "content": "hi"}], True),
     ([{"role": "system", "content": [{"type": "text", "text": "hi"}]}], True),
     ([], False),
+    ([{"role": "user"}], False),
     ([{"role": "king", "content": "hi"}], False),
     ([{"role": "user", "content": [{"type": "text"}]}], False),
     ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], False),
@@ -198,7 +199,8 @@ def test_answers_are_as_described():
             for path, body in requests[:4]:
                 response = await http.post(path, json=body | {"stream": True})
                 content = told["paths"][path]["post"]["responses"]["200"]["content"]
-                schema = content["text/event-stream"]["schema"]["contentSchema"]
+                data = content["text/event-stream"]["schema"]["properties"]["data"]
+                schema = data["anyOf"][1]["contentSchema"]
                 schema["components"] = told["components"]
                 check = jsonschema.Draft202012Validator(schema)
                 data = [line for line in response.text.split("\n") if line.startswith("data: {")]
@@ -223,7 +225,18 @@ def test_a_body_by_its_schema():
     told = made()
     check = jsonschema.Draft202012Validator(schema_of(told, "GenerateBody"))
     assert check.is_valid({"text": "a", "sampling_params": {"top_k": 5}})
+    assert check.is_valid({"text": None, "input_ids": [5]})
     assert not check.is_valid({"text": "a", "input_ids": [5]})
+    assert not check.is_valid({"text": None})
+    check = jsonschema.Draft202012Validator(schema_of(told, "AbortBody"))
+    for body, good in (
+        ({}, False),
+        ({"rid": "x" * 999}, True),
+        ({"abort_all": True}, True),
+        ({"abort_all": False}, False),
+    ):
+        assert check.is_valid(body) == good
+    check = jsonschema.Draft202012Validator(schema_of(told, "GenerateBody"))
     assert not check.is_valid({"text": "a", "sampling_params": {"max_tokens": 5}})
     assert set(told["components"]["schemas"]["SamplingBody"]["properties"]) == set(
         SamplingBody.__struct_fields__
