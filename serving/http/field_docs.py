@@ -61,6 +61,13 @@ WHOLE: dict[str, Schema] = {
         "if": {"properties": {"role": {"const": "assistant"}}},
         "else": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
     },
+    "ChatBody": {
+        "if": {
+            "required": ["top_logprobs"],
+            "properties": {"top_logprobs": {"type": "integer", "minimum": 1}},
+        },
+        "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+    },
     "AbortBody": {
         "anyOf": [
             {"required": ["rid"], "properties": {"rid": {"type": "string", "minLength": 1}}},
@@ -281,6 +288,22 @@ def _messages(limits: Limits) -> dict[str, Schema]:
         "InputItem.type": {"enum": [None, "message"]},
         "InputItem.role": {"enum": roles},
         "InputPart.type": {"enum": ["input_text", "output_text", "text"]},
+        "TextConfig.format": {
+            "description": "The answer's form.",
+            "anyOf": [
+                _response_format("text"),
+                _response_format("json_object"),
+                {
+                    "type": "object",
+                    "required": ["type", "schema"],
+                    "properties": {
+                        "type": {"const": "json_schema"},
+                        "schema": {"type": ["object", "boolean"]},
+                    },
+                },
+                {"type": "null"},
+            ],
+        },
         "continue_from": {
             "description": "Of a stream that broke: how far each answer had come.",
             "minItems": 1,

@@ -94,7 +94,12 @@ HEALTH: Schema = {
     "properties": {"status": {"type": "string"}, "message": {"type": "string"}},
 }
 _LOADS_QUERY: dict[str, Schema] = {
-    "dp_rank": {"type": "integer", "description": "One slice only."},
+    "dp_rank": {
+        "type": "integer",
+        "description": "One slice only.",
+        "minimum": 1 - 10**10,
+        "maximum": 10**11 - 1,
+    },
     "include": {
         "type": "string",
         "description": f"Of {', '.join(SECTIONS)}, separated by commas.",
@@ -213,11 +218,20 @@ OPERATIONS: dict[str, Operation] = {
 }
 """What each path takes and answers, in the document's order."""
 
-PARTS_OF_BODIES = ("SamplingBody", "Message", "ContentPart", "InputItem", "InputPart", "Begun")
+PARTS_OF_BODIES = (
+    "SamplingBody",
+    "Message",
+    "ContentPart",
+    "InputItem",
+    "InputPart",
+    "TextConfig",
+    "Begun",
+)
 _REFUSED_FIELDS: dict[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     GenerationBody: NOT_SERVED_YET,
     GenerateBody: NATIVE_NOT_SERVED_YET,
     SamplingBody: SAMPLING_NOT_SERVED_YET,
+    TokenizeBody: {name: NOT_SERVED_YET[name] for name in ("tools",) if name in NOT_SERVED_YET},
     ResponsesBody: {name: neutral for name, (neutral, _) in RESPONSES_NOT_SERVED.items()},
 }
 _STREAM = (

@@ -173,6 +173,36 @@ def test_conversations_are_those_of_the_checks():
     run(main)
 
 
+TOGETHER = [
+    ("/v1/chat/completions", "ChatBody", {"messages": MESSAGES, "top_logprobs": 2}, False),
+    ("/v1/chat/completions", "ChatBody", {"messages": MESSAGES, "top_logprobs": 0}, True),
+    ("/v1/chat/completions", "ChatBody", {"messages": MESSAGES, "top_logprobs": None}, True),
+    (
+        "/v1/chat/completions",
+        "ChatBody",
+        {"messages": MESSAGES, "top_logprobs": 2, "logprobs": True},
+        True,
+    ),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "text": {"format": {}}}, False),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "text": {"format": {"type": "text"}}}, True),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "text": {}}, True),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "store": True}, False),
+]
+
+
+def test_what_goes_together():
+    async def main():
+        async with serving() as (http, _, _engine):
+            told = (await http.get("/openapi.json")).json()
+            for path, struct, body, good in TOGETHER:
+                check = jsonschema.Draft202012Validator(schema_of(told, struct))
+                status = (await http.post(path, json=body)).status_code
+                assert status == (200 if good else 400), body
+                assert check.is_valid(body) == good, body
+
+    run(main)
+
+
 def test_answers_are_as_described():
     async def main():
         async with serving() as (http, _, _engine):
