@@ -13,10 +13,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from serving.parsers.reasoning import REASONING_FORMATS
+from serving.parsers.tool_calls import TOOL_FORMATS
+
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "model" / "demo"
 MOE_A2A_BACKENDS = ("none", "all_to_all", "deepep")
 LOAD_BALANCE_METHODS = ("auto", "round_robin", "total_requests", "total_tokens", "cache_aware")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
+TOOL_CALL_PARSERS = ("auto", *TOOL_FORMATS, "none")
 GRAMMAR_BACKENDS = ("llguidance", "none")
 
 MAX_GRACE_S = 86400
@@ -72,6 +76,8 @@ class ServerConfig:
     extend_buckets: tuple[int, ...] | None = None
     random_seed: int | None = None
     chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str | None = None
     host: str = "127.0.0.1"
     port: int = 30000
     log_level: str = "info"
@@ -276,6 +282,20 @@ def _add_model_flags(group: _Group) -> None:
         help="most tokens of prompt and answer together; default: the model's",
     )
     _add(group, "--chat-template", help="file with a Jinja template, instead of the model's")
+    _add(
+        group,
+        "--tool-call-parser",
+        choices=TOOL_CALL_PARSERS,
+        help="how the model writes tool calls; auto: as its chat template does; none leaves them "
+        "in the text",
+    )
+    _add(
+        group,
+        "--reasoning-parser",
+        choices=tuple(REASONING_FORMATS),
+        help="how the model marks its thinking, which then comes as reasoning_content; without it, "
+        "thinking stays in the text",
+    )
 
 
 def _add_layout_flags(group: _Group) -> None:

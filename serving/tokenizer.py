@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -57,7 +57,7 @@ class Tokenizer:
         vocab_size: ids below it exist in the model (its padded vocabulary, if config.json says).
         bos_token_id: begin-of-sequence id, None where the model has none.
         eos_token_ids: ids that end an answer, ascending.
-        has_chat_template: whether `encode_chat` can work.
+        chat_template: the template's source, None without one.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Tokenizer:
         fast.no_padding()
         self._fast = fast
         self._special_tokens = _special_tokens(config)
+        self.chat_template = chat_template
         self._template = None if chat_template is None else _compile_template(chat_template)
         self._add_bos: bool | None = config.get("add_bos_token")
         self._special_ids = frozenset(
@@ -175,7 +176,13 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether `render_chat` can work."""
         return self._template is not None
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the chat template tells the model of functions it can call."""
+        return self.chat_template is not None and "tools" in self.chat_template
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """A batch of one: only batches release the interpreter lock while they work."""
@@ -236,9 +243,11 @@ class Tokenizer:
         Raises:
             ChatTemplateError: there is no template, or it refuses these messages.
         """
-        text = self.render_chat(messages, variables, tools)
-        ids: list[int] = self._encode(text, add_special_tokens=False)
-        return ids
+        return self.encode_rendered(self.render_chat(messages, variables, tools))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `render_chat` gave: the special tokens are in the text."""
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids at once."""
@@ -256,11 +265,21 @@ class Tokenizer:
         """Whether the token appears in an answer's text only where that is asked for."""
         return token_id in self._special_ids
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh incremental decoder for one answer."""
+    def special_ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """The ids of those texts that are special tokens."""
+        ids = {text: self._fast.token_to_id(text) for text in texts}
+        return {text: i for text, i in ids.items() if i is not None and i in self._special_ids}
+
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, keep: Collection[int] = ()
+    ) -> Detokenizer:
+        """A fresh incremental decoder for one answer; `keep` are special tokens never skipped."""
+        hidden = self._special_ids if skip_special_tokens else frozenset()
+        if keep:
+            hidden = hidden.difference(keep)
         if self._byte_level:
-            return _ByteLevelDetokenizer(self, skip_special_tokens)
-        return _WindowDetokenizer(self, skip_special_tokens)
+            return _ByteLevelDetokenizer(self, hidden)
+        return _WindowDetokenizer(self, hidden)
 
     def _token_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -294,12 +313,12 @@ class Detokenizer(Protocol):
 class _ByteLevelDetokenizer:
     """For byte-level vocabularies: a token is bytes whatever stands around it."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int]) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        if self._skip and self._tokenizer.is_special(token_id):
+        if token_id in self._hidden:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
@@ -316,14 +335,14 @@ class _WindowDetokenizer:
     bytes follow them directly; here they stay.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int]) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._window: list[int] = []
         self._num_done = 0
         self._done = ""
 
     def push(self, token_id: int) -> str:
-        if self._skip and self._tokenizer.is_special(token_id):
+        if token_id in self._hidden:
             return ""
         self._window.append(token_id)
         text = self._decode()
@@ -336,7 +355,7 @@ class _WindowDetokenizer:
         return new
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
 
     def flush(self) -> str:
         new = self._decode()[len(self._done) :]

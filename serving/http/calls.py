@@ -7,13 +7,14 @@ engine. Answer `prompt * n + sample` is that of `jobs[prompt * n + sample]`, as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from serving.http.errors import ApiError
 from serving.http.protocol import GenerationBody
 from serving.http.routing import Routing, routing
 from serving.http.sampling import num_samples, stop_strings
 from serving.http.state import ServerState
+from serving.parsers.answer import Reading
 from serving.request import SamplingParams
 
 MAX_ANSWERS = 4096
@@ -78,6 +79,7 @@ class Call:
         token_ids: report the ids of generated tokens. A stream then has one chunk for each piece of
             an answer, with all that belongs to it, so that it may break between any two chunks.
         continued: the stream goes on where another broke; `Job.begun` says where.
+        reading: how a chat's answers are read.
     """
 
     began: float
@@ -97,6 +99,7 @@ class Call:
     skip_special_tokens: bool
     token_ids: bool = False
     continued: bool = False
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def num_constrained(self) -> int:
@@ -113,6 +116,7 @@ def make_call(
     id_prefix: str,
     jobs: Sequence[Job],
     logprobs: int | None,
+    reading: Reading | None = None,
 ) -> Call:
     """What the generating routes have in common; `jobs` have been checked.
 
@@ -141,6 +145,7 @@ def make_call(
         skip_special_tokens=body.skip_special_tokens is not False,
         token_ids=bool(body.return_token_ids),
         continued=body.continue_from is not None,
+        reading=reading or Reading(),
     )
 
 

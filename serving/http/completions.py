@@ -53,7 +53,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     body = await read_body(request, CompletionBody)
     # Tokenising a long text takes seconds: other streams must not wait for it.
     call = await asyncio.to_thread(to_call, state, body, request.headers, began)
-    await check_constraint(request, body, state.grammars, num_answers=call.num_constrained)
+    await check_constraint(request, body, state.grammars, [call])
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _completion(state, call))

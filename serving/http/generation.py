@@ -241,7 +241,10 @@ class _AnswerDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, job: Job, call: Call) -> None:
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=call.skip_special_tokens)
+        self._detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=call.skip_special_tokens,
+            keep=tokenizer.special_ids(call.reading.markers).values(),
+        )
         self._matcher = StopMatcher(call.stops)
         self._keep_stop = call.keep_stop
         self._stop_ids = job.sampling.stop_token_ids

@@ -319,8 +319,8 @@ async def _check_constraints(
         groups.setdefault(one.call.jobs[0].sampling.grammar, []).append(one)
     for grammar, group in groups.items():
         if grammar is not None:
-            num_answers = sum(one.call.num_constrained for one in group)
-            await check_constraint(request, group[0].body, state.grammars, num_answers=num_answers)
+            calls = [one.call for one in group]
+            await check_constraint(request, group[0].body, state.grammars, calls)
 
 
 @asynccontextmanager

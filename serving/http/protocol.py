@@ -97,11 +97,51 @@ class ContentPart(msgspec.Struct, kw_only=True):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(msgspec.Struct, kw_only=True):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str | None = None
+    type: str = "function"
+    function: CalledFunction
+
+
 class Message(msgspec.Struct, kw_only=True):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class Function(msgspec.Struct, kw_only=True):
+    name: str
+    description: str | None = None
+    parameters: Any = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """A function that the model may call."""
+
+    type: str = "function"
+    function: Function
+
+
+class NamedFunction(msgspec.Struct, kw_only=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, kw_only=True):
+    """The function that the model must call."""
+
+    type: str = "function"
+    function: NamedFunction
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -116,11 +156,13 @@ class ChatBody(GenerationBody, kw_only=True):
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
 
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedTool | None = None
     reasoning_effort: str | None = None
     continue_final_message: bool | None = None
-    input_ids: Any = None
+    input_ids: list[int] | None = None
+
+    chat_template: Any = None
 
 
 NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
@@ -136,11 +178,7 @@ NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
     "return_cached_tokens_details": (False,),
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
-    "reasoning_effort": (),
-    "continue_final_message": (False,),
-    "input_ids": (),
+    "chat_template": (),
 }
 """Known fields that are refused, each with the values (besides null) that are accepted."""
 
@@ -262,11 +300,35 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
     content: list[TokenLogprob]
 
 
+class FunctionCall(msgspec.Struct, kw_only=True):
+    """A function's name and its arguments, a JSON text. Deltas have a piece of the text."""
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: str = "function"
+    function: FunctionCall
+
+
+class ToolCallDelta(msgspec.Struct, kw_only=True):
+    """A piece of call number `index`; id, type and name come with its first piece."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCall
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
+    """The answer; its content is null where there are calls and nothing else."""
+
     role: str = "assistant"
-    content: str
+    content: str | None
     reasoning_content: str | None = None
-    tool_calls: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -293,6 +355,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 class ChatDelta(msgspec.Struct, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

@@ -65,7 +65,7 @@ async def create_response(state: ServerState, request: Request) -> Response:
         chat = to_chat_body(body)
         # Tokenising a long text takes seconds: other streams must not wait for it.
         call = await asyncio.to_thread(to_call, state, chat, request.headers, began)
-        await check_constraint(request, chat, state.grammars, num_answers=call.num_constrained)
+        await check_constraint(request, chat, state.grammars, [call])
     except ApiError as error:
         _raise_in_our_words(error)
     call = replace(call, id_prefix="resp")

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serving.http.chat import to_messages
 from serving.http.completions import MAX_PROMPTS
+from serving.http.conversation import chat_prompt
 from serving.http.errors import ApiError, json_response
 from serving.http.native_protocol import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from serving.http.protocol import ChatBody, read_body, refuse_not_served
 from serving.http.state import ServerState
-from serving.tokenizer import ChatTemplateError
+from serving.http.tool_use import tool_use
 
 
 async def tokenize(state: ServerState, request: Request) -> Response:
@@ -92,12 +92,10 @@ def _conversation(state: ServerState, body: TokenizeBody) -> list[int]:
         messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs
     )
     refuse_not_served(chat)
-    try:
-        return state.tokenizer.encode_chat(
-            to_messages(chat), chat.chat_template_kwargs, chat.tools or None
-        )
-    except ChatTemplateError as error:
-        raise ApiError(str(error), param="messages") from None
+    use = tool_use(
+        chat, parser=state.config.tool_call_parser, chat_template=state.tokenizer.chat_template
+    )
+    return chat_prompt(chat, use, state.tokenizer, None).ids
 
 
 def _detokenized(state: ServerState, body: DetokenizeBody) -> Detokenized:

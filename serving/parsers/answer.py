@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from serving.parsers.reasoning import ReasoningParser
-from serving.parsers.tool_calls import CallDelta, ToolParser
+from serving.parsers.reasoning import ReasoningFormat, ReasoningParser
+from serving.parsers.tool_calls import CallDelta, ToolFormat, ToolParser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How the answers to one prompt are read.
+
+    Attributes:
+        reasoning: how thinking is marked; None leaves it in the content.
+        opened: the prompt ends inside the thinking.
+        whole_reasoning: hand the thinking out in one piece, when it is complete.
+        tools: how calls are written; None leaves them in the content.
+        schemas: the parameters of the functions, by name.
+    """
+
+    reasoning: ReasoningFormat | None = None
+    opened: bool = False
+    whole_reasoning: bool = False
+    tools: ToolFormat | None = None
+    schemas: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that must be seen, even if they are special tokens."""
+        marks = () if self.tools is None else self.tools.markers
+        form = self.reasoning
+        return marks if form is None else (*marks, form.start, form.end)
+
+    def parser(self) -> AnswerParser:
+        """A parser for one answer."""
+        form, tools = self.reasoning, self.tools
+        return AnswerParser(
+            None if form is None else ReasoningParser(form, opened=self.opened),
+            None if tools is None else tools.make(self.schemas),
+            whole_reasoning=self.whole_reasoning,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,7 +57,8 @@ class Piece:
 class AnswerParser:
     """Parses one answer; without parsers, all text is content.
 
-    With `whole_reasoning`, the thinking comes in one piece when it is complete.
+    Attributes:
+        has_calls: whether a call was handed out.
     """
 
     def __init__(
@@ -34,7 +72,7 @@ class AnswerParser:
         self._whole = whole_reasoning
         self._thoughts: list[str] = []
         self._blanks = ""
-        self._has_calls = False
+        self.has_calls = False
 
     def push(self, text: str) -> Piece:
         """What is certain after the next piece of text."""
@@ -62,14 +100,14 @@ class AnswerParser:
             piece.content = ""
             for event in self._tools.push(text) + (self._tools.finish() if ended else []):
                 self._take(event, piece)
-            if ended and not self._has_calls:
+            if ended and not self.has_calls:
                 piece.content += self._blanks
         return piece
 
     def _take(self, event: str | CallDelta, piece: Piece) -> None:
         """Add content or a call. Blanks around calls are dropped: they are layout, not content."""
         if isinstance(event, CallDelta):
-            self._has_calls, self._blanks = True, ""
+            self.has_calls, self._blanks = True, ""
             piece.calls.append(event)
             return
         text = self._blanks + event

@@ -11,14 +11,15 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from serving.parsers.markers import cut
 
 BLANKS = " \t\r\n"
 
 
-class CallDelta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CallDelta:
     """A piece of call number `index`; `name` (and the id that the model gave it, if it does) come
     with its first piece."""
 
@@ -496,23 +497,23 @@ def _typed(value: str, schema: Any) -> Any:
 
 # ---- the formats by name -----------------------------------------------------------------------
 
-_DEEPSEEK_MARKS = {
-    "section": "<｜tool▁calls▁begin｜>",
-    "section_end": "<｜tool▁calls▁end｜>",
-    "call": "<｜tool▁call▁begin｜>",
-    "call_end": "<｜tool▁call▁end｜>",
-}
-DEEPSEEK_V3 = Delimited(
-    **_DEEPSEEK_MARKS,
-    args_begin="```json",
-    head=re.compile(r"\w*<｜tool▁sep｜>\s*(?P<name>[\w.-]+)"),
-    fenced=True,
+
+def _deepseek(*, args_begin: str, head: str, fenced: bool) -> Delimited:
+    return Delimited(
+        section="<｜tool▁calls▁begin｜>",
+        section_end="<｜tool▁calls▁end｜>",
+        call="<｜tool▁call▁begin｜>",
+        args_begin=args_begin,
+        call_end="<｜tool▁call▁end｜>",
+        head=re.compile(head),
+        fenced=fenced,
+    )
+
+
+DEEPSEEK_V3 = _deepseek(
+    args_begin="```json", head=r"\w*<｜tool▁sep｜>\s*(?P<name>[\w.-]+)", fenced=True
 )
-DEEPSEEK_V31 = Delimited(
-    **_DEEPSEEK_MARKS,
-    args_begin="<｜tool▁sep｜>",
-    head=re.compile(r"(?P<name>[\w.-]+)"),
-)
+DEEPSEEK_V31 = _deepseek(args_begin="<｜tool▁sep｜>", head=r"(?P<name>[\w.-]+)", fenced=False)
 KIMI_K2 = Delimited(
     section="<|tool_calls_section_begin|>",
     section_end="<|tool_calls_section_end|>",
