@@ -12,6 +12,9 @@ from typing import Any
 
 from serving.http.calls import MAX_ANSWERS
 from serving.http.completions import MAX_LOGPROBS, MAX_PROMPTS
+from serving.http.conversation import ROLES as CHAT_ROLES
+from serving.http.responses import ROLES as RESPONSES_ROLES
+from serving.http.responses import TEXT_PARTS, THOUGHT_PARTS
 from serving.http.routing import MAX_CACHE_KEY_LENGTH, MAX_PRIORITY
 from serving.http.sampling import (
     MAX_LOGIT_BIAS_VALUE,
@@ -40,11 +43,9 @@ class Limits:
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "CompletionBody": ("prompt",),
-    "ChatBody": ("messages",),
     "DetokenizeBody": ("tokens",),
     "ResponsesBody": ("input",),
     "ContentPart": ("type", "text"),
-    "InputItem": ("role", "content"),
     "InputPart": ("type", "text"),
 }
 """Fields without a default, which are declared with one so that their absence gets a sentence."""
@@ -55,18 +56,49 @@ ONE_OF: dict[str, tuple[str, ...]] = {
 }
 """Of these fields exactly one must be given."""
 
+
+def given(name: str) -> Schema:
+    """A field is there and not null."""
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+def _item(kind: str, *fields: str) -> Schema:
+    """An item of /v1/responses with all that it needs."""
+    named = {"required": ["type"], "properties": {"type": {"const": kind}}}
+    return {"allOf": [named, *(given(name) for name in fields)]}
+
+
 WHOLE: dict[str, Schema] = {
     "Message": {
         "required": ["role"],
         "if": {"properties": {"role": {"const": "assistant"}}},
-        "else": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+        "else": {
+            "required": ["content"],
+            "properties": {"content": {"not": {"type": "null"}}, "tool_calls": {"maxItems": 0}},
+        },
     },
     "ChatBody": {
+        "anyOf": [given("messages"), given("input_ids")],
         "if": {
             "required": ["top_logprobs"],
             "properties": {"top_logprobs": {"type": "integer", "minimum": 1}},
         },
         "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+    },
+    "InputItem": {
+        "anyOf": [
+            {
+                "properties": {
+                    "type": {"enum": [None, "message"]},
+                    "role": {"enum": [*RESPONSES_ROLES]},
+                },
+                "required": ["role"],
+                "allOf": [given("content")],
+            },
+            _item("reasoning", "content"),
+            _item("function_call", "call_id", "name"),
+            _item("function_call_output", "call_id", "output"),
+        ]
     },
     "AbortBody": {
         "anyOf": [
@@ -278,16 +310,19 @@ def _form(limits: Limits) -> dict[str, Schema]:
 
 
 def _messages(limits: Limits) -> dict[str, Schema]:
-    roles = ["system", "developer", "user", "assistant"]
+    ids = _ids(limits)
     return {
         "messages": {"description": "The conversation, oldest message first.", "minItems": 1},
-        "Message.role": {"enum": roles},
+        "Message.role": {"enum": [*CHAT_ROLES]},
         "ContentPart.type": {"const": "text", "type": "string"},
         "input": {"description": "A text, or the conversation so far.", **_not_empty()},
         "instructions": {"description": "The system message, in front of the input."},
-        "InputItem.type": {"enum": [None, "message"]},
-        "InputItem.role": {"enum": roles},
-        "InputPart.type": {"enum": ["input_text", "output_text", "text"]},
+        "InputItem.arguments": {"description": "A JSON object, as text."},
+        "InputPart.type": {"enum": [*TEXT_PARTS, *THOUGHT_PARTS]},
+        "ChatBody.input_ids": {
+            "description": "Token ids of the whole prompt, instead of messages.",
+            "anyOf": [ids, {"type": "null"}],
+        },
         "TextConfig.format": {
             "description": "The answer's form.",
             "anyOf": [
@@ -319,12 +354,7 @@ def _not_empty() -> Schema:
 def _prompts(limits: Limits) -> dict[str, Schema]:
     text = _text(1)
     texts = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": text}
-    ids = {
-        "type": "array",
-        "minItems": 1,
-        "maxItems": limits.context - 1,
-        "items": _token(limits),
-    }
+    ids = _ids(limits)
     batch = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": ids}
     null = {"type": "null"}
     any_ids = {"type": "array", "items": _token(limits)}
@@ -359,6 +389,12 @@ def _prompts(limits: Limits) -> dict[str, Schema]:
 def _text(minimum: int, maximum: int | None = None) -> Schema:
     most = {} if maximum is None else {"maxLength": maximum}
     return {"type": "string", "minLength": minimum, **most}
+
+
+def _ids(limits: Limits) -> Schema:
+    """A prompt."""
+    most = limits.context - 1
+    return {"type": "array", "minItems": 1, "maxItems": most, "items": _token(limits)}
 
 
 def _token(limits: Limits) -> Schema:

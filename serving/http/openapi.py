@@ -14,7 +14,7 @@ import msgspec
 
 from serving.http.control import AbortBody
 from serving.http.errors import ErrorBody
-from serving.http.field_docs import ONE_OF, REQUIRED, WHOLE, Limits, Schema, field_docs
+from serving.http.field_docs import ONE_OF, REQUIRED, WHOLE, Limits, Schema, field_docs, given
 from serving.http.info import ModelCard, ModelInfo, ModelList, WeightVersion
 from serving.http.loads import SECTIONS
 from serving.http.native_protocol import (
@@ -231,7 +231,6 @@ _REFUSED_FIELDS: dict[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     GenerationBody: NOT_SERVED_YET,
     GenerateBody: NATIVE_NOT_SERVED_YET,
     SamplingBody: SAMPLING_NOT_SERVED_YET,
-    TokenizeBody: {name: NOT_SERVED_YET[name] for name in ("tools",) if name in NOT_SERVED_YET},
     ResponsesBody: {name: neutral for name, (neutral, _) in RESPONSES_NOT_SERVED.items()},
 }
 _STREAM = (
@@ -400,7 +399,7 @@ def _describe(schemas: dict[str, Any], limits: Limits) -> None:
         for name in REQUIRED.get(struct, ()):
             properties[name] = _not_null(properties[name])
         if struct in ONE_OF:
-            schema["oneOf"] = [_given(name) for name in ONE_OF[struct]]
+            schema["oneOf"] = [given(name) for name in ONE_OF[struct]]
         schema.update(WHOLE.get(struct, {}))
 
 
@@ -409,10 +408,6 @@ def _described(schema: Schema, more: Schema) -> Schema:
         return {**schema, **more}
     kept = {key: schema[key] for key in ("default",) if key in schema}
     return {**kept, **more}
-
-
-def _given(name: str) -> Schema:
-    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
 def _not_null(schema: Schema) -> Schema:

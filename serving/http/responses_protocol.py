@@ -1,7 +1,7 @@
 """The bodies of /v1/responses as typed structs: OpenAI's newer form of a conversation.
 
-Only what one message of text needs. Known fields that ask for more are in
-`RESPONSES_NOT_SERVED`, each with the values that are accepted and what to do instead.
+What is put out are messages, calls of functions and thinking. Known fields that ask for more are
+in `RESPONSES_NOT_SERVED`, each with the values that are accepted and what to do instead.
 """
 
 from __future__ import annotations
@@ -17,11 +17,43 @@ class InputPart(msgspec.Struct, kw_only=True):
 
 
 class InputItem(msgspec.Struct, kw_only=True):
-    """A message of the conversation so far."""
+    """Something of the conversation so far: a message, or what a response put out.
+
+    Messages have role and content; function_call has call_id, name and arguments;
+    function_call_output has call_id and output; reasoning has content.
+    """
 
     type: str | None = None
     role: str | None = None
     content: str | list[InputPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[InputPart] | None = None
+
+
+class FunctionTool(msgspec.Struct, kw_only=True):
+    """A function that the model may call."""
+
+    type: str = "function"
+    name: str | None = None
+    description: str | None = None
+    parameters: Any = None
+    strict: bool | None = None
+
+
+class FunctionChoice(msgspec.Struct, kw_only=True):
+    """The function that the model must call."""
+
+    type: str = "function"
+    name: str | None = None
+
+
+class Reasoning(msgspec.Struct, kw_only=True):
+    """How much to think. There are no summaries: thinking comes as it is."""
+
+    effort: str | None = None
+    summary: str | None = None
 
 
 class TextConfig(msgspec.Struct, kw_only=True):
@@ -44,7 +76,10 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: str | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
 
     top_k: int | None = None
     min_p: float | None = None
@@ -66,10 +101,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
     max_tool_calls: int | None = None
-    reasoning: Any = None
     include: list[str] | None = None
     top_logprobs: int | None = None
     truncation: str | None = None
@@ -77,17 +109,13 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
 
 
 _NO_MEMORY = "responses are not stored here. Send the whole conversation as input"
-_NO_TOOLS = "tools are not served on this route yet"
 
 RESPONSES_NOT_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "store": ((False,), "responses are not stored here. Leave it out or set it to false"),
     "previous_response_id": ((), _NO_MEMORY),
     "conversation": ((), _NO_MEMORY),
     "background": ((False,), "a response lasts as long as its connection. Use stream"),
-    "tools": (([],), _NO_TOOLS),
-    "tool_choice": (("auto", "none"), _NO_TOOLS),
-    "max_tool_calls": ((), _NO_TOOLS),
-    "reasoning": (({},), "the model decides how it reasons. Try chat_template_kwargs"),
+    "max_tool_calls": ((), "it is for tools that the server runs, and here are none"),
     "include": (([],), "there is nothing to include"),
     "top_logprobs": ((0,), "for log probabilities use /v1/chat/completions"),
     "truncation": (("disabled",), "an input that is too long is refused"),
@@ -96,19 +124,41 @@ RESPONSES_NOT_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Fields that are refused: the values (besides null) that are accepted, and what is possible."""
 
 
-class OutputText(msgspec.Struct, kw_only=True):
-    type: str = "output_text"
+class OutputText(msgspec.Struct, kw_only=True, tag_field="type", tag="output_text"):
     text: str
     annotations: list[Any] = []
     logprobs: list[Any] = []
 
 
-class OutputMessage(msgspec.Struct, kw_only=True):
+class ReasoningText(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning_text"):
+    text: str
+
+
+class OutputMessage(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     id: str
-    type: str = "message"
     role: str = "assistant"
     status: str
     content: list[OutputText]
+
+
+class OutputReasoning(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning"):
+    id: str
+    status: str
+    summary: list[Any] = []
+    content: list[ReasoningText]
+
+
+class OutputCall(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
+    """A call of a function. `call_id` is what its function_call_output must repeat."""
+
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: str
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
 class InputTokensDetails(msgspec.Struct, kw_only=True):
@@ -137,11 +187,6 @@ class IncompleteDetails(msgspec.Struct, kw_only=True):
     reason: str
 
 
-class Reasoning(msgspec.Struct, kw_only=True):
-    effort: str | None = None
-    summary: str | None = None
-
-
 class ResponseObject(msgspec.Struct, kw_only=True):
     """The answer of /v1/responses."""
 
@@ -156,15 +201,15 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage] = []
+    output: list[OutputItem] = []
     parallel_tool_calls: bool
     previous_response_id: None = None
-    reasoning: Reasoning = msgspec.field(default_factory=Reasoning)
+    reasoning: Reasoning
     store: bool = False
     temperature: float
     text: TextConfig
-    tool_choice: str = "auto"
-    tools: list[Any] = []
+    tool_choice: str | FunctionChoice = "auto"
+    tools: list[FunctionTool] = []
     top_p: float
     truncation: str = "disabled"
     usage: ResponsesUsage | None = None
@@ -196,15 +241,15 @@ class ResponseFailed(_Event, tag="response.failed"):
 
 
 class _OfItem(_Event, kw_only=True):
-    output_index: int = 0
+    output_index: int
 
 
 class ItemAdded(_OfItem, tag="response.output_item.added"):
-    item: OutputMessage
+    item: OutputItem
 
 
 class ItemDone(_OfItem, tag="response.output_item.done"):
-    item: OutputMessage
+    item: OutputItem
 
 
 class _OfPart(_OfItem, kw_only=True):
@@ -213,11 +258,11 @@ class _OfPart(_OfItem, kw_only=True):
 
 
 class PartAdded(_OfPart, tag="response.content_part.added"):
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class PartDone(_OfPart, tag="response.content_part.done"):
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class TextDelta(_OfPart, tag="response.output_text.delta"):
@@ -230,6 +275,25 @@ class TextDone(_OfPart, tag="response.output_text.done"):
     logprobs: list[Any] = []
 
 
+class ReasoningDelta(_OfPart, tag="response.reasoning_text.delta"):
+    delta: str
+
+
+class ReasoningDone(_OfPart, tag="response.reasoning_text.done"):
+    text: str
+
+
+class ArgumentsDelta(_OfItem, tag="response.function_call_arguments.delta"):
+    item_id: str
+    delta: str
+
+
+class ArgumentsDone(_OfItem, tag="response.function_call_arguments.done"):
+    item_id: str
+    name: str
+    arguments: str
+
+
 ResponseEvent = (
     Created
     | InProgress
@@ -237,10 +301,14 @@ ResponseEvent = (
     | PartAdded
     | TextDelta
     | TextDone
+    | ReasoningDelta
+    | ReasoningDone
+    | ArgumentsDelta
+    | ArgumentsDone
     | PartDone
     | ItemDone
     | Completed
     | Incomplete
     | ResponseFailed
 )
-"""The events of a stream, in the order in which they come."""
+"""The events of a stream."""

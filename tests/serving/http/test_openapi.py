@@ -186,6 +186,16 @@ TOGETHER = [
     ("/v1/responses", "ResponsesBody", {"input": "a", "text": {"format": {}}}, False),
     ("/v1/responses", "ResponsesBody", {"input": "a", "text": {"format": {"type": "text"}}}, True),
     ("/v1/responses", "ResponsesBody", {"input": "a", "text": {}}, True),
+    ("/v1/responses", "ResponsesBody", {"input": [{"type": "function_call"}]}, False),
+    ("/v1/responses", "ResponsesBody", {"input": [{"type": "reasoning", "content": "T"}]}, True),
+    (
+        "/v1/responses",
+        "ResponsesBody",
+        {"input": [{"type": "function_call_output", "call_id": "c", "output": "f"}]},
+        True,
+    ),
+    ("/v1/chat/completions", "ChatBody", {"input_ids": [5]}, True),
+    ("/v1/chat/completions", "ChatBody", {}, False),
     ("/v1/responses", "ResponsesBody", {"input": "a", "store": True}, False),
 ]
 

@@ -8,11 +8,13 @@ import openai
 import pydantic
 import pytest
 
+from serving.config import ServerConfig
 from serving.grammar import GrammarCompiler
 from serving.http.app import make_app
 from serving.http.responses_protocol import RESPONSES_NOT_SERVED, ResponsesBody
+from serving.tokenizer import Tokenizer
 from tests.fakes import FakeEngine, answer, scripted
-from tests.serving.http.support import TOKENIZER, run, serving
+from tests.serving.http.support import DATA, TOKENIZER, run, serving
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -189,6 +191,142 @@ def test_the_client_parses():
     run(main)
 
 
+WEATHER = {
+    "type": "function",
+    "name": "weather",
+    "description": "The weather.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": False,
+}
+
+
+def saying(text, **config):
+    """A server whose model says a text."""
+    ids = [*TOKENIZER.encode(text, add_special_tokens=False), TOKENIZER.eos_token_ids[0]]
+    config = ServerConfig(served_model_name="tiny", **config)
+    return serving(
+        FakeEngine(next_token=scripted(ids)),
+        config=config,
+        grammars=GrammarCompiler(lambda: TOKENIZER),
+    )
+
+
+def test_a_call_of_a_function_by_the_client():
+    calls = '[{"name": "weather", "parameters": {"city": "Bonn"}}]'
+
+    async def main():
+        async with saying(calls) as (_, state, engine), client_of(state) as client:
+            body = {"model": "tiny", "input": "hi", "tools": [WEATHER], "tool_choice": "required"}
+            response = await client.responses.create(**body)
+            (item,) = response.output
+            assert (item.type, item.name, item.status) == ("function_call", "weather", "completed")
+            assert json.loads(item.arguments) == {"city": "Bonn"}
+            assert item.call_id
+            assert response.status == "completed"
+            assert response.tools[0].name == "weather"
+            assert response.tool_choice == "required"
+            assert engine.seen[0].sampling.grammar.kind == "json_schema"
+
+        async with saying(calls) as (_, state, _engine), client_of(state) as client:
+            told = [e async for e in await client.responses.create(**body, stream=True)]
+            names = [event.type for event in told]
+            assert names[:3] == [
+                "response.created",
+                "response.in_progress",
+                "response.output_item.added",
+            ]
+            assert set(names[3:-3]) == {"response.function_call_arguments.delta"}
+            assert names[-3:] == [
+                "response.function_call_arguments.done",
+                "response.output_item.done",
+                "response.completed",
+            ]
+            assert "".join(event.delta for event in told[3:-3]) == told[-3].arguments
+            assert json.loads(told[-3].arguments) == {"city": "Bonn"}
+            assert told[2].item.call_id == told[-2].item.call_id != ""
+
+    run(main)
+
+
+def test_the_turn_after_a_call():
+    async def main():
+        template = DATA / "templates" / "deepseek_v3.jinja"
+        tokenizer = Tokenizer.from_folder(DATA / "deepseek_v3", chat_template=template)
+        config = ServerConfig(served_model_name="tiny", tool_call_parser="deepseekv3")
+        engine = FakeEngine(max_context_tokens=1024)
+        async with serving(engine, config=config, tokenizer=tokenizer) as (http, _, _engine):
+            call = {"type": "function_call", "call_id": "c1", "name": "weather"}
+            items = [
+                {"role": "user", "content": "U"},
+                {
+                    "type": "reasoning",
+                    "id": "rs",
+                    "summary": [],
+                    "content": [{"type": "reasoning_text", "text": "T"}],
+                },
+                {**call, "id": "fc", "arguments": '{"city": "Bonn"}', "status": "completed"},
+                {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+            ]
+            body = {"input": items, "max_output_tokens": 1, "tools": [WEATHER]}
+            response = await http.post("/v1/responses", json=body)
+            assert response.status_code == 200, response.text
+            function = {"name": "weather", "arguments": '{"city": "Bonn"}'}
+            chat = {
+                "max_tokens": 1,
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {k: v for k, v in WEATHER.items() if k != "type"},
+                    }
+                ],
+                "messages": [
+                    {"role": "user", "content": "U"},
+                    {
+                        "role": "assistant",
+                        "reasoning_content": "T",
+                        "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+                    },
+                    {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+                ],
+            }
+            response = await http.post("/v1/chat/completions", json=chat)
+            assert response.status_code == 200, response.text
+            assert engine.seen[0].prompt == engine.seen[1].prompt
+            assert "rain" in TOKENIZER.decode(engine.seen[0].prompt)
+
+    run(main)
+
+
+def test_thinking_is_an_item_of_its_own():
+    text = "<think>hm, hm</think>Yes."
+
+    async def main():
+        async with saying(text, reasoning_parser="qwen3") as (_, state, _engine):
+            async with client_of(state) as client:
+                response = await client.responses.create(model="tiny", input="hi")
+            thought, message = response.output
+            assert (thought.type, thought.content[0].text) == ("reasoning", "hm, hm")
+            assert response.output_text == "Yes."
+            assert message.content[0].text == "Yes."
+        async with saying(text, reasoning_parser="qwen3") as (http, _, _engine):
+            body = {"input": "hi", "stream": True}
+            events = events_of((await http.post("/v1/responses", json=body)).text)
+            names = [name for name, _ in events]
+            thought = [e["delta"] for n, e in events if n == "response.reasoning_text.delta"]
+            assert "".join(thought) == "hm, hm"
+            assert names.index("response.reasoning_text.done") < names.index(
+                "response.output_text.delta"
+            )
+            assert names.count("response.output_item.done") == 2
+            assert [e["output_index"] for n, e in events if n == "response.output_item.done"] == [
+                0,
+                1,
+            ]
+            assert [e["sequence_number"] for _, e in events] == list(range(len(events)))
+
+    run(main)
+
+
 def test_failures():
     async def main():
         async with serving(FakeEngine(error_at=3, error_status=503, error_message="Full.")) as (
@@ -233,7 +371,14 @@ WRONG = [
     ({"input": 5}, "input: expected"),
     ({"input": [{"role": "king", "content": "x"}]}, "input[0].role must be one of"),
     ({"input": [{"role": "user"}]}, "input[0].content is missing."),
-    ({"input": [{"type": "reasoning"}]}, "input[0].type 'reasoning' is not supported"),
+    ({"input": [{"type": "item_reference"}]}, "input[0].type 'item_reference' is not supported"),
+    ({"input": [{"type": "reasoning"}]}, "input[0].content is missing."),
+    ({"input": [{"type": "function_call", "name": "f"}]}, "input[0] needs name and call_id."),
+    ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0] needs call_id."),
+    (
+        {"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "["}]},
+        "input[0].arguments must be a JSON object, as text.",
+    ),
     (
         {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
         "input[0].content[0] must be a part of type input_text",
@@ -248,7 +393,13 @@ WRONG = [
     ({"input": "x", "previous_response_id": "r"}, "Send the whole conversation as input"),
     ({"input": "x", "store": True}, "responses are not stored here"),
     ({"input": "x", "background": True}, "Use stream"),
-    ({"input": "x", "tools": [{"type": "function"}]}, "tools is not supported: tools are not"),
+    ({"input": "x", "tools": [{"type": "function"}]}, "tools[0].function.name is empty"),
+    ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type must be 'function'"),
+    ({"input": "x", "tool_choice": "required"}, "Tools cannot be empty"),
+    ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice must be auto, none, required"),
+    ({"input": "x", "tool_choice": "maybe"}, "tool_choice must be one of"),
+    ({"input": "x", "reasoning": {"summary": "detailed"}}, "thinking is not summarised"),
+    ({"input": "x", "max_tool_calls": 3}, "max_tool_calls is not supported"),
 ]
 
 
