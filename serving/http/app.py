@@ -27,7 +27,7 @@ from serving.http.metrics import CountRequests
 from serving.http.native import generate
 from serving.http.openapi import document
 from serving.http.responses import create_response
-from serving.http.security import RequireKey
+from serving.http.security import RequireKey, opened_by
 from serving.http.state import ServerState
 from serving.http.tokens import detokenize, embeddings, rerank, score, tokenize
 
@@ -84,7 +84,11 @@ async def docs(state: ServerState, request: Request) -> Response:
 
 
 def _document(state: ServerState) -> dict[str, Any]:
-    ready = state.engine.ready
+    ready, config = state.engine.ready, state.config
+
+    def protected(path: str) -> bool:
+        return bool(opened_by(path, api_key=config.api_key, admin_key=config.admin_api_key))
+
     return document(
         ((methods, path) for methods, path, _ in ROUTES),
         version=state.version,
@@ -93,6 +97,7 @@ def _document(state: ServerState) -> dict[str, Any]:
             context=ready.max_context_tokens,
             num_slices=ready.num_slices,
         ),
+        protected=protected,
     )
 
 

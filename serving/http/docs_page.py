@@ -65,10 +65,16 @@ def _contents(answer: dict[str, Any]) -> str:
     return "<br>".join(
         _type(content["schema"])
         if media_type == "application/json"
-        else escape(media_type)
-        + (f" of {_type(part)}" if (part := content["schema"].get("contentSchema")) else "")
-        for media_type, content in answer["content"].items()
+        else escape(media_type) + _events(content["schema"])
+        for media_type, content in answer.get("content", {}).items()
     )
+
+
+def _events(schema: dict[str, Any]) -> str:
+    if "data" not in schema.get("properties", {}):
+        return ""
+    data = schema["properties"]["data"]["anyOf"]
+    return " of " + " or ".join(_type(one.get("contentSchema", one)) for one in data)
 
 
 def _schema(name: str, schema: dict[str, Any]) -> str:

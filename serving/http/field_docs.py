@@ -43,6 +43,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "ChatBody": ("messages",),
     "DetokenizeBody": ("tokens",),
     "ResponsesBody": ("input",),
+    "ContentPart": ("type", "text"),
+    "InputItem": ("role", "content"),
+    "InputPart": ("type", "text"),
 }
 """Fields without a default, which are declared with one so that their absence gets a sentence."""
 
@@ -52,13 +55,41 @@ ONE_OF: dict[str, tuple[str, ...]] = {
 }
 """Of these fields exactly one must be given."""
 
+WHOLE: dict[str, Schema] = {
+    "Message": {
+        "required": ["role"],
+        "if": {"properties": {"role": {"const": "assistant"}}},
+        "else": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+    },
+    "ChatBody": {
+        "if": {
+            "required": ["top_logprobs"],
+            "properties": {"top_logprobs": {"type": "integer", "minimum": 1}},
+        },
+        "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+    },
+    "AbortBody": {
+        "anyOf": [
+            {"required": ["rid"], "properties": {"rid": {"type": "string", "minLength": 1}}},
+            {"required": ["abort_all"], "properties": {"abort_all": {"const": True}}},
+        ]
+    },
+}
+"""What else is true of a whole struct."""
+
 
 def field_docs(limits: Limits) -> Mapping[str, Schema]:
     """Schema keywords by "field" or, where it means something else there, "Struct.field".
 
     `type`, `anyOf`, `oneOf` or `enum` stand for the whole type that the struct declares.
     """
-    return {**_answer_length(limits), **_sampling(limits), **_form(), **_prompts(limits)}
+    return {
+        **_answer_length(limits),
+        **_sampling(limits),
+        **_form(limits),
+        **_messages(limits),
+        **_prompts(limits),
+    }
 
 
 def _answer_length(limits: Limits) -> dict[str, Schema]:
@@ -176,10 +207,11 @@ def _sampling(limits: Limits) -> dict[str, Schema]:
     }
 
 
-def _form() -> dict[str, Schema]:
+def _form(limits: Limits) -> dict[str, Schema]:
     """How to answer, and where to run."""
     schema = {"anyOf": [{"type": ["object", "boolean"]}, {"type": "string"}, {"type": "null"}]}
     key = {"maxLength": MAX_CACHE_KEY_LENGTH}
+    rank = {"minimum": 0, "maximum": limits.num_slices - 1}
     return {
         "json_schema": {"description": "The answer is JSON of this schema.", **schema},
         "regex": {"description": "The answer matches this regular expression."},
@@ -197,16 +229,14 @@ def _form() -> dict[str, Schema]:
                         "json_schema": {
                             "type": "object",
                             "required": ["schema"],
-                            "properties": {
-                                "name": {"type": "string"},
-                                "schema": {"type": ["object", "boolean"]},
-                            },
+                            "properties": {"schema": {"type": ["object", "boolean"]}},
                         },
                     },
                 },
                 {"type": "null"},
             ],
         },
+        "AbortBody.rid": {"description": "The id of a running answer."},
         "model": {"description": "Echoed; the server has one model."},
         "user": {"description": "Ignored."},
         "rid": {
@@ -215,8 +245,8 @@ def _form() -> dict[str, Schema]:
             "maxLength": MAX_RID_LENGTH,
         },
         "stream": {"description": "Answer with server-sent events."},
-        "routed_dp_rank": {"description": "The slice that must run the request.", "minimum": 0},
-        "data_parallel_rank": {"description": "Old name of routed_dp_rank.", "minimum": 0},
+        "routed_dp_rank": {"description": "The slice that must run the request.", **rank},
+        "data_parallel_rank": {"description": "Old name of routed_dp_rank.", **rank},
         "priority": {
             "description": "Higher starts first and is retracted last.",
             "minimum": -MAX_PRIORITY,
@@ -247,6 +277,45 @@ def _form() -> dict[str, Schema]:
     }
 
 
+def _messages(limits: Limits) -> dict[str, Schema]:
+    roles = ["system", "developer", "user", "assistant"]
+    return {
+        "messages": {"description": "The conversation, oldest message first.", "minItems": 1},
+        "Message.role": {"enum": roles},
+        "ContentPart.type": {"const": "text", "type": "string"},
+        "input": {"description": "A text, or the conversation so far.", **_not_empty()},
+        "instructions": {"description": "The system message, in front of the input."},
+        "InputItem.type": {"enum": [None, "message"]},
+        "InputItem.role": {"enum": roles},
+        "InputPart.type": {"enum": ["input_text", "output_text", "text"]},
+        "TextConfig.format": {
+            "description": "The answer's form.",
+            "anyOf": [
+                _response_format("text"),
+                _response_format("json_object"),
+                {
+                    "type": "object",
+                    "required": ["type", "schema"],
+                    "properties": {
+                        "type": {"const": "json_schema"},
+                        "schema": {"type": ["object", "boolean"]},
+                    },
+                },
+                {"type": "null"},
+            ],
+        },
+        "continue_from": {
+            "description": "Of a stream that broke: how far each answer had come.",
+            "minItems": 1,
+        },
+        "Begun.token_ids": {"type": "array", "items": _token(limits)},
+    }
+
+
+def _not_empty() -> Schema:
+    return {"minLength": 1, "minItems": 1}
+
+
 def _prompts(limits: Limits) -> dict[str, Schema]:
     text = _text(1)
     texts = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": text}
@@ -257,6 +326,7 @@ def _prompts(limits: Limits) -> dict[str, Schema]:
         "items": _token(limits),
     }
     batch = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": ids}
+    null = {"type": "null"}
     any_ids = {"type": "array", "items": _token(limits)}
     return {
         "prompt": {
@@ -268,20 +338,21 @@ def _prompts(limits: Limits) -> dict[str, Schema]:
             "anyOf": [
                 {"type": "string"},
                 {"type": "array", "maxItems": MAX_PROMPTS, "items": {"type": "string"}},
+                null,
             ],
         },
-        "GenerateBody.text": {"description": "One prompt or a batch.", "anyOf": [text, texts]},
+        "GenerateBody.text": {
+            "description": "One prompt or a batch.",
+            "anyOf": [text, texts, null],
+        },
         "GenerateBody.input_ids": {
             "description": "Token ids of one prompt or of a batch.",
-            "anyOf": [ids, batch],
+            "anyOf": [ids, batch, null],
         },
         "tokens": {
             "description": "Token ids, or several lists of them.",
             "anyOf": [any_ids, {"type": "array", "maxItems": MAX_PROMPTS, "items": any_ids}],
         },
-        "input": {"description": "A text, or the conversation so far.", "minLength": 1},
-        "instructions": {"description": "The system message, in front of the input."},
-        "messages": {"description": "The conversation, oldest message first.", "minItems": 1},
     }
 
 

@@ -6,7 +6,7 @@ context, slices) are those of the model that is served.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import msgspec
 
 from serving.http.control import AbortBody
 from serving.http.errors import ErrorBody
-from serving.http.field_docs import ONE_OF, REQUIRED, Limits, Schema, field_docs
+from serving.http.field_docs import ONE_OF, REQUIRED, WHOLE, Limits, Schema, field_docs
 from serving.http.info import ModelCard, ModelInfo, ModelList, WeightVersion
 from serving.http.loads import SECTIONS
 from serving.http.native_protocol import (
@@ -65,26 +65,27 @@ class Operation:
 
     Attributes:
         body: the struct of the request's body.
-        answer: the struct or schema of the answer, or a media type where it is no JSON.
+        answer: the struct or schema of the answer, or a media type where it is no JSON; None for
+            an empty one.
+        texts: media types that the answer may also have, where the query asks for them.
         events: the struct of each event (or the union), where the answer can be a stream.
         query: the query's parameters: name to schema.
         path: the same of the path.
         errors: statuses of errors, but for 401.
         error: the struct of an error's body.
         text_errors: statuses whose body is plain text.
-        protected: a key is needed where the server has one.
     """
 
     summary: str
     body: type[msgspec.Struct] | None = None
-    answer: type[msgspec.Struct] | Schema | str = TEXT
+    answer: type[msgspec.Struct] | Schema | str | None = TEXT
+    texts: tuple[str, ...] = ()
     events: Any = None
     query: Mapping[str, Schema] = field(default_factory=dict)
     path: Mapping[str, Schema] = field(default_factory=dict)
     errors: tuple[int, ...] = (500,)
     error: type[msgspec.Struct] = ErrorBody
     text_errors: tuple[int, ...] = ()
-    protected: bool = True
 
 
 HEALTH: Schema = {
@@ -93,10 +94,16 @@ HEALTH: Schema = {
     "properties": {"status": {"type": "string"}, "message": {"type": "string"}},
 }
 _LOADS_QUERY: dict[str, Schema] = {
-    "dp_rank": {"type": "integer", "description": "One slice only."},
+    "dp_rank": {
+        "type": "integer",
+        "description": "One slice only.",
+        "minimum": 1 - 10**10,
+        "maximum": 10**11 - 1,
+    },
     "include": {
         "type": "string",
         "description": f"Of {', '.join(SECTIONS)}, separated by commas.",
+        "pattern": rf"^\s*({'|'.join(SECTIONS)})?\s*(,\s*({'|'.join(SECTIONS)})?\s*)*$",
     },
     "format": {"enum": ["json", "prometheus"], "default": "json"},
 }
@@ -104,10 +111,13 @@ _HEALTH = Operation(
     summary="Whether the engine answers and its step loop moves.",
     answer=HEALTH,
     errors=(503,),
-    protected=False,
 )
 _LOADS = Operation(
-    summary="How loaded each slice is.", answer=OBJECT, query=_LOADS_QUERY, errors=(400, 503)
+    summary="How loaded each slice is.",
+    answer=OBJECT,
+    texts=(TEXT,),
+    query=_LOADS_QUERY,
+    errors=(400, 503),
 )
 _MODEL_INFO = Operation(summary="What the model is.", answer=ModelInfo)
 _SERVER_INFO = Operation(
@@ -178,9 +188,8 @@ OPERATIONS: dict[str, Operation] = {
         summary="Whether a token came a moment ago, or one can be generated now.",
         answer=HEALTH,
         errors=(503,),
-        protected=False,
     ),
-    "/metrics": Operation(summary="Prometheus metrics.", errors=(503,), protected=False),
+    "/metrics": Operation(summary="Prometheus metrics.", errors=(503,)),
     "/v1/loads": _LOADS,
     "/get_loads": _LOADS,
     "/get_load": Operation(
@@ -199,31 +208,49 @@ OPERATIONS: dict[str, Operation] = {
         text_errors=(400,),
     ),
     "/abort_request": Operation(
-        summary="End an answer by its id, or all of them.", body=AbortBody, errors=(400, 413)
+        summary="End an answer by its id, or all of them.",
+        body=AbortBody,
+        answer=None,
+        errors=(400, 413),
     ),
     "/openapi.json": Operation(summary="This document.", answer=OBJECT),
     "/docs": Operation(summary="This document as a page.", answer="text/html"),
 }
 """What each path takes and answers, in the document's order."""
 
+PARTS_OF_BODIES = (
+    "SamplingBody",
+    "Message",
+    "ContentPart",
+    "InputItem",
+    "InputPart",
+    "TextConfig",
+    "Begun",
+)
 _REFUSED_FIELDS: dict[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     GenerationBody: NOT_SERVED_YET,
     GenerateBody: NATIVE_NOT_SERVED_YET,
     SamplingBody: SAMPLING_NOT_SERVED_YET,
+    TokenizeBody: {name: NOT_SERVED_YET[name] for name in ("tools",) if name in NOT_SERVED_YET},
     ResponsesBody: {name: neutral for name, (neutral, _) in RESPONSES_NOT_SERVED.items()},
 }
 _STREAM = (
-    "Lines 'data: EVENT', each followed by an empty one; an error is an event with an error in it; "
-    "the last is 'data: [DONE]'. /v1/responses names its events in lines 'event: TYPE' and has no "
-    "[DONE]."
+    "One event of the stream. The last is [DONE], but for /v1/responses, which names its events."
 )
 
 
-def document(methods: Iterable[tuple[str, str]], *, version: str, limits: Limits) -> dict[str, Any]:
+def document(
+    methods: Iterable[tuple[str, str]],
+    *,
+    version: str,
+    limits: Limits,
+    protected: Callable[[str], bool],
+) -> dict[str, Any]:
     """The OpenAPI document.
 
     Args:
         methods: (methods, path) of every route, as in `app.ROUTES`.
+        protected: whether a path needs a key.
     """
     structs = _structs()
     refs, schemas = msgspec.json.schema_components(structs, ref_template=REF)
@@ -236,7 +263,7 @@ def document(methods: Iterable[tuple[str, str]], *, version: str, limits: Limits
         paths[path] = {
             method.lower(): {
                 "operationId": _operation_id(method, path),
-                **_operation(operation, ref_of),
+                **_operation(operation, ref_of, protected=protected(path)),
             }
             for method in names.split()
         }
@@ -271,7 +298,9 @@ def _operation_id(method: str, path: str) -> str:
     return f"{method.lower()}_{words.replace('/', '_').replace('.', '_')}"
 
 
-def _operation(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, Any]:
+def _operation(
+    operation: Operation, ref_of: Mapping[Any, Schema], *, protected: bool
+) -> dict[str, Any]:
     told: dict[str, Any] = {"summary": operation.summary}
     parameters = [
         {"name": name, "in": place, "required": place == "path", "schema": schema}
@@ -284,14 +313,21 @@ def _operation(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
         content = {"application/json": {"schema": ref_of[operation.body]}}
         told["requestBody"] = {"required": True, "content": content}
     told["responses"] = _responses(operation, ref_of)
-    if operation.protected:
+    if protected:
         told["security"] = [{"key": []}]
+        error: Schema = {"type": "object", "properties": {"error": {"type": "string"}}}
+        told["responses"]["401"] = {
+            "description": STATUS_TEXTS[401],
+            "content": {"application/json": {"schema": error}},
+        }
     return told
 
 
 def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     match operation.answer:
+        case None:
+            pass
         case str(media_type):
             answers[media_type] = {"schema": {"type": "string"}}
         case dict(schema):
@@ -301,16 +337,13 @@ def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
             answers["application/json"] = {"schema": {"anyOf": [one, _list_of(one)]}}
         case struct:
             answers["application/json"] = {"schema": ref_of[struct]}
+    for media_type in operation.texts:
+        answers[media_type] = {"schema": {"type": "string"}}
     if operation.events is not None:
-        answers["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": _STREAM,
-                "contentMediaType": "application/json",
-                "contentSchema": ref_of[operation.events],
-            }
-        }
-    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": answers}}
+        answers["text/event-stream"] = {"schema": _event(operation, ref_of)}
+    responses: dict[str, Any] = {"200": {"description": "The answer."}}
+    if answers:
+        responses["200"]["content"] = answers
     if operation is _REFUSED:
         del responses["200"]
     for status in operation.errors:
@@ -319,13 +352,25 @@ def _responses(operation: Operation, ref_of: Mapping[Any, Schema]) -> dict[str, 
         if status in operation.text_errors:
             content = {TEXT: {"schema": {"type": "string"}}}
         responses[str(status)] = {"description": STATUS_TEXTS[status], "content": content}
-    if operation.protected:
-        error: Schema = {"type": "object", "properties": {"error": {"type": "string"}}}
-        responses["401"] = {
-            "description": STATUS_TEXTS[401],
-            "content": {"application/json": {"schema": error}},
-        }
     return responses
+
+
+def _event(operation: Operation, ref_of: Mapping[Any, Schema]) -> Schema:
+    """Each event of a stream."""
+    told = [ref_of[operation.events], ref_of[ErrorEvent]]
+    data = {
+        "type": "string",
+        "anyOf": [
+            {"const": "[DONE]"},
+            {"contentMediaType": "application/json", "contentSchema": {"anyOf": told}},
+        ],
+    }
+    return {
+        "type": "object",
+        "description": _STREAM,
+        "required": ["data"],
+        "properties": {"data": data, "event": {"type": "string"}},
+    }
 
 
 def _list_of(schema: Schema) -> Schema:
@@ -340,7 +385,7 @@ def _describe(schemas: dict[str, Any], limits: Limits) -> None:
         for base, fields in _REFUSED_FIELDS.items()
         for kind in (base, *base.__subclasses__())
     }
-    bodies = {op.body.__name__ for op in OPERATIONS.values() if op.body} | {"SamplingBody"}
+    bodies = {op.body.__name__ for op in OPERATIONS.values() if op.body} | {*PARTS_OF_BODIES}
     for struct in bodies & schemas.keys():
         schema = schemas[struct]
         properties = schema["properties"]
@@ -352,10 +397,11 @@ def _describe(schemas: dict[str, Any], limits: Limits) -> None:
             properties[name] = _described(old, docs.get(f"{struct}.{name}", docs.get(name, {})))
         if struct in REQUIRED:
             schema["required"] = list(REQUIRED[struct])
-        for name in REQUIRED.get(struct, ()) + ONE_OF.get(struct, ()):
+        for name in REQUIRED.get(struct, ()):
             properties[name] = _not_null(properties[name])
         if struct in ONE_OF:
-            schema["oneOf"] = [{"required": [name]} for name in ONE_OF[struct]]
+            schema["oneOf"] = [_given(name) for name in ONE_OF[struct]]
+        schema.update(WHOLE.get(struct, {}))
 
 
 def _described(schema: Schema, more: Schema) -> Schema:
@@ -363,6 +409,10 @@ def _described(schema: Schema, more: Schema) -> Schema:
         return {**schema, **more}
     kept = {key: schema[key] for key in ("default",) if key in schema}
     return {**kept, **more}
+
+
+def _given(name: str) -> Schema:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
 def _not_null(schema: Schema) -> Schema:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 from hashlib import sha256
+from typing import TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,12 +21,25 @@ ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
 """What disturbs other people's requests: with an admin key the ordinary one is not enough."""
 
 
-class RequireKey:
-    """Answers 401 unless the request brings `Authorization: Bearer KEY` with the right key.
+Key = TypeVar("Key")
+
+
+def opened_by(path: str, *, api_key: Key | None, admin_key: Key | None) -> list[Key]:
+    """The keys of which one is needed for a path; none where it is open to all.
 
     Without `api_key` the ordinary routes are open, without `admin_key` the admin routes are
     ordinary ones. The admin key opens everything.
     """
+    if path in OPEN_PATHS:
+        return []
+    admin = [] if admin_key is None else [admin_key]
+    if path in ADMIN_PATHS and admin:
+        return admin
+    return [] if api_key is None else [api_key, *admin]
+
+
+class RequireKey:
+    """Answers 401 unless the request brings `Authorization: Bearer KEY` with a right key."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, admin_key: str | None) -> None:
         self._app = app
@@ -41,13 +55,8 @@ class RequireKey:
         await self._app(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        path = scope["path"]
-        if path in OPEN_PATHS or scope["method"] == "OPTIONS":
-            return True
-        needed = [key for key in (self._key, self._admin) if key is not None]
-        if path in ADMIN_PATHS and self._admin is not None:
-            needed = [self._admin]
-        elif self._key is None:
+        needed = opened_by(scope["path"], api_key=self._key, admin_key=self._admin)
+        if not needed or scope["method"] == "OPTIONS":
             return True
         given = _digest(_bearer(scope))
         # All are compared, so that the time tells nothing.

@@ -1,15 +1,18 @@
 """The OpenAPI document: valid, complete, and true of the checks and answers it describes."""
 
 import json
+from dataclasses import replace
 
 import jsonschema
 import openapi_spec_validator
 import pytest
 
+from serving.config import ServerConfig
 from serving.http import app, protocol
 from serving.http.field_docs import ONE_OF, REQUIRED, Limits, field_docs
 from serving.http.native_protocol import GenerateBody, SamplingBody
 from serving.http.openapi import OPERATIONS, document
+from serving.http.security import ADMIN_PATHS, OPEN_PATHS
 from tests.fakes import FakeEngine
 from tests.serving.http.support import run, serving
 
@@ -19,9 +22,13 @@ LIMITS = Limits(vocab_size=512, context=64, num_slices=2)
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
+def never(_path):
+    return False
+
+
 def made():
     routes = [(methods, path) for methods, path, _ in app.ROUTES]
-    return json.loads(json.dumps(document(routes, version="1", limits=LIMITS)))
+    return json.loads(json.dumps(document(routes, version="1", limits=LIMITS, protected=never)))
 
 
 def schema_of(told, name):
@@ -48,6 +55,26 @@ def test_every_route_is_in_it_and_no_other():
     assert {path for _, path in routes} == set(OPERATIONS)
     ids = [op["operationId"] for ops in told["paths"].values() for op in ops.values()]
     assert len(set(ids)) == len(ids)
+
+
+def test_what_needs_a_key():
+    async def main():
+        plain = ServerConfig(served_model_name="tiny")
+        for config, needing in (
+            (plain, set()),
+            (replace(plain, admin_api_key="boss"), ADMIN_PATHS),
+            (replace(plain, api_key="key", admin_api_key="boss"), set(OPERATIONS) - OPEN_PATHS),
+        ):
+            async with serving(config=config) as (http, _, _engine):
+                headers = {"authorization": "Bearer boss"}
+                told = (await http.get("/openapi.json", headers=headers)).json()
+                openapi_spec_validator.validate(told)
+                for path, operations in told["paths"].items():
+                    for operation in operations.values():
+                        assert ("security" in operation) == (path in needing)
+                        assert ("401" in operation["responses"]) == (path in needing)
+
+    run(main)
 
 
 def test_every_documented_field_exists():
@@ -88,7 +115,7 @@ EDGES = [
     ("extra_key", ["", "x" * 1024], ["x" * 1025]),
     ("cache_salt", ["x" * 1024], ["x" * 1025]),
     ("rid", ["a", "x" * 256], ["", "x" * 257]),
-    ("routed_dp_rank", [0, 1], [-1]),
+    ("routed_dp_rank", [0, 1], [-1, 2]),
     ("logprobs", [0, 5], [-1, 6]),
     ("max_tokens", [1, 62], [-1, 64]),
     ("min_tokens", [0, 1], [-1]),
@@ -111,6 +138,67 @@ def test_ranges_are_those_of_the_checks():
                     assert status == (200 if value in good else 400), (field, value)
                     assert check.is_valid(body) == (value in good), (field, value)
             assert not check.is_valid({})
+
+    run(main)
+
+
+CONVERSATIONS = [
+    ([{"role": "user", "content": "hi"}], True),
+    ([{"role": "system", "content": [{"type": "text", "text": "hi"}]}], True),
+    ([], False),
+    ([{"role": "user"}], False),
+    ([{"role": "king", "content": "hi"}], False),
+    ([{"role": "user", "content": [{"type": "text"}]}], False),
+    ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], False),
+    ([5], False),
+]
+
+
+def test_conversations_are_those_of_the_checks():
+    async def main():
+        async with serving() as (http, _, _engine):
+            told = (await http.get("/openapi.json")).json()
+            for path, field, struct in (
+                ("/v1/chat/completions", "messages", "ChatBody"),
+                ("/v1/responses", "input", "ResponsesBody"),
+                ("/tokenize", "messages", "TokenizeBody"),
+            ):
+                check = jsonschema.Draft202012Validator(schema_of(told, struct))
+                for messages, good in CONVERSATIONS:
+                    body = {field: messages}
+                    status = (await http.post(path, json=body)).status_code
+                    assert status == (200 if good else 400), (path, messages)
+                    assert check.is_valid(body) == good, (path, messages)
+
+    run(main)
+
+
+TOGETHER = [
+    ("/v1/chat/completions", "ChatBody", {"messages": MESSAGES, "top_logprobs": 2}, False),
+    ("/v1/chat/completions", "ChatBody", {"messages": MESSAGES, "top_logprobs": 0}, True),
+    ("/v1/chat/completions", "ChatBody", {"messages": MESSAGES, "top_logprobs": None}, True),
+    (
+        "/v1/chat/completions",
+        "ChatBody",
+        {"messages": MESSAGES, "top_logprobs": 2, "logprobs": True},
+        True,
+    ),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "text": {"format": {}}}, False),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "text": {"format": {"type": "text"}}}, True),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "text": {}}, True),
+    ("/v1/responses", "ResponsesBody", {"input": "a", "store": True}, False),
+]
+
+
+def test_what_goes_together():
+    async def main():
+        async with serving() as (http, _, _engine):
+            told = (await http.get("/openapi.json")).json()
+            for path, struct, body, good in TOGETHER:
+                check = jsonschema.Draft202012Validator(schema_of(told, struct))
+                status = (await http.post(path, json=body)).status_code
+                assert status == (200 if good else 400), body
+                assert check.is_valid(body) == good, body
 
     run(main)
 
@@ -141,7 +229,8 @@ def test_answers_are_as_described():
             for path, body in requests[:4]:
                 response = await http.post(path, json=body | {"stream": True})
                 content = told["paths"][path]["post"]["responses"]["200"]["content"]
-                schema = content["text/event-stream"]["schema"]["contentSchema"]
+                data = content["text/event-stream"]["schema"]["properties"]["data"]
+                schema = data["anyOf"][1]["contentSchema"]
                 schema["components"] = told["components"]
                 check = jsonschema.Draft202012Validator(schema)
                 data = [line for line in response.text.split("\n") if line.startswith("data: {")]
@@ -166,7 +255,18 @@ def test_a_body_by_its_schema():
     told = made()
     check = jsonschema.Draft202012Validator(schema_of(told, "GenerateBody"))
     assert check.is_valid({"text": "a", "sampling_params": {"top_k": 5}})
+    assert check.is_valid({"text": None, "input_ids": [5]})
     assert not check.is_valid({"text": "a", "input_ids": [5]})
+    assert not check.is_valid({"text": None})
+    check = jsonschema.Draft202012Validator(schema_of(told, "AbortBody"))
+    for body, good in (
+        ({}, False),
+        ({"rid": "x" * 999}, True),
+        ({"abort_all": True}, True),
+        ({"abort_all": False}, False),
+    ):
+        assert check.is_valid(body) == good
+    check = jsonschema.Draft202012Validator(schema_of(told, "GenerateBody"))
     assert not check.is_valid({"text": "a", "sampling_params": {"max_tokens": 5}})
     assert set(told["components"]["schemas"]["SamplingBody"]["properties"]) == set(
         SamplingBody.__struct_fields__
