@@ -14,7 +14,7 @@ from serving.http.calls import MAX_ANSWERS
 from serving.http.completions import MAX_LOGPROBS, MAX_PROMPTS
 from serving.http.conversation import ROLES as CHAT_ROLES
 from serving.http.responses import ROLES as RESPONSES_ROLES
-from serving.http.responses import TEXT_PARTS, THOUGHT_PARTS
+from serving.http.responses import SUMMARIES, TEXT_PARTS, THOUGHT_PARTS
 from serving.http.routing import MAX_CACHE_KEY_LENGTH, MAX_PRIORITY
 from serving.http.sampling import (
     MAX_LOGIT_BIAS_VALUE,
@@ -317,6 +317,22 @@ def _messages(limits: Limits) -> dict[str, Schema]:
         "ContentPart.type": {"const": "text", "type": "string"},
         "input": {"description": "A text, or the conversation so far.", **_not_empty()},
         "instructions": {"description": "The system message, in front of the input."},
+        "Reasoning.summary": {
+            "description": "There are none: thinking comes as it is.",
+            "enum": [*SUMMARIES],
+        },
+        "CalledFunction.arguments": {
+            "description": "An object, or its text.",
+            "anyOf": [
+                {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "contentSchema": {"type": "object"},
+                },
+                {"type": "object"},
+                {"type": "null"},
+            ],
+        },
         "InputItem.arguments": {"description": "A JSON object, as text."},
         "InputPart.type": {"enum": [*TEXT_PARTS, *THOUGHT_PARTS]},
         "ChatBody.input_ids": {

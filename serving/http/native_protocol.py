@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from serving.http.protocol import Begun, Message
+from serving.http.protocol import Begun, Message, Tool
 
 LogprobEntry = tuple[float | None, int, str | None]
 """Log probability (the first token of a prompt has none), token id, text where it is wanted."""
@@ -152,7 +152,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
 
     prompt: str | list[str] | None = None
     messages: list[Message] | None = None
-    tools: list[Any] | None = None
+    tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     model: str | None = None

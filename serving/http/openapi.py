@@ -222,8 +222,10 @@ PARTS_OF_BODIES = (
     "SamplingBody",
     "Message",
     "ContentPart",
+    "CalledFunction",
     "InputItem",
     "InputPart",
+    "Reasoning",
     "TextConfig",
     "Begun",
 )

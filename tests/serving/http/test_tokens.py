@@ -2,6 +2,8 @@
 
 import pytest
 
+from serving.config import ServerConfig
+from tests.fakes import FakeEngine
 from tests.serving.http.support import TOKENIZER, run, serving
 
 pytestmark = pytest.mark.timeout(30)
@@ -47,11 +49,30 @@ def test_conversation_is_what_chat_would_send():
     run(main)
 
 
+def test_functions_are_in_the_conversation():
+    config = ServerConfig(served_model_name="tiny", tool_call_parser="deepseekv3")
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Rain?"}}]
+
+    async def main():
+        engine = FakeEngine(max_context_tokens=1024)
+        async with serving(engine, config=config) as (http, _, _engine):
+            body = {"messages": MESSAGES, "tools": tools}
+            told = (await http.post("/tokenize", json=body)).json()
+            await http.post("/v1/chat/completions", json=body | {"max_tokens": 1})
+            assert tuple(told["tokens"]) == engine.seen[0].prompt
+            plain = (await http.post("/tokenize", json={"messages": MESSAGES})).json()
+            assert plain["count"] < told["count"]
+
+    run(main)
+
+
 WRONG = [
     ("/tokenize", {}, "Exactly one of 'prompt' or 'messages' must be provided."),
     ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "Exactly one of"),
     ("/tokenize", {"prompt": 5}, "prompt: expected"),
     ("/tokenize", {"prompt": ["a"] * 1025}, "prompt may hold 1024 entries, got 1025"),
+    ("/tokenize", {"messages": MESSAGES, "tools": [None]}, "tools[0]: expected"),
+    ("/tokenize", {"messages": MESSAGES, "tools": [{"function": {"name": ""}}]}, "name is empty"),
     ("/tokenize", {"messages": []}, "Messages cannot be empty."),
     ("/tokenize", {"messages": [{"role": "king", "content": ""}]}, "messages[0].role must be"),
     ("/detokenize", {}, "tokens is missing"),
