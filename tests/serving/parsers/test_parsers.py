@@ -13,7 +13,11 @@ from serving.parsers.tool_calls import REQUIRED_CALLS, TOOL_FORMATS, infer_tool_
 
 WEATHER = '{"city": "Köln", "note": "a \\"b\\" }] \\\\"}'
 NESTED = '{"a": {"b": [1, {"c": null}]}, "s": "</tool_call"}'
-SCHEMAS = {"get_weather": {"properties": {"city": {"type": "string"}, "note": {"type": "string"}}}}
+SCHEMAS = {
+    "get_weather": {"properties": {"city": {"type": "string"}, "note": {"type": "string"}}},
+    "f.x-1": {},
+    "f": {},
+}
 
 DS = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
 DS_END = "<｜tool▁calls▁end｜>"
@@ -224,19 +228,19 @@ def test_reasoning_is_separated_wherever_the_text_is_cut(name):
         texts += [(f"So. {end} Yes", "So.", "Yes", False)]
     for text, reasoning, content, opened in texts:
         for pieces in every_cut(text):
-            parser = AnswerParser(ReasoningParser(form, opened=opened))
+            parser = AnswerParser(ReasoningParser(form, "opened" if opened else "free"))
             assert parse(parser, pieces) == (reasoning, content, []), pieces
 
 
 def test_whole_reasoning_comes_in_one_piece():
     parser = AnswerParser(
-        ReasoningParser(REASONING_FORMATS["qwen3"], opened=True), whole_reasoning=True
+        ReasoningParser(REASONING_FORMATS["qwen3"], "opened"), whole_reasoning=True
     )
     pieces = [parser.push(char) for char in "long thoughts</think>\nYes"]
     assert [p.reasoning for p in pieces if p.reasoning] == ["long thoughts"]
     assert "".join(p.content for p in pieces) == "Yes"
     parser = AnswerParser(
-        ReasoningParser(REASONING_FORMATS["qwen3"], opened=True), whole_reasoning=True
+        ReasoningParser(REASONING_FORMATS["qwen3"], "opened"), whole_reasoning=True
     )
     assert parser.push("endless").reasoning == ""
     assert parser.finish().reasoning == "endless"
@@ -265,7 +269,7 @@ def test_any_text_parses_the_same_however_it_is_cut(fragments, seed):
             form = REASONING_FORMATS.get(reasoning)
 
             def make(name=name, form=form):
-                thinking = None if form is None else ReasoningParser(form, opened=False)
+                thinking = None if form is None else ReasoningParser(form)
                 return AnswerParser(thinking, format_of(name).make(SCHEMAS))
 
             assert parse(make(), pieces) == parse(make(), [text])
