@@ -316,7 +316,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=8)
-    return asyncio.run(run(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    try:
+        return asyncio.run(run(args))
+    except httpx.ConnectError as error:
+        print(f"fuzz_http.py: error: no server at {args.url}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
