@@ -278,7 +278,48 @@ def test_any_text_parses_the_same_however_it_is_cut(fragments, seed):
                 thinking = None if form is None else ReasoningParser(form)
                 return AnswerParser(thinking, format_of(name).make(SCHEMAS))
 
-            assert parse(make(), pieces) == parse(make(), [text])
+            whole = parse(make(), [text])
+            assert parse(make(), pieces) == whole
+            if form is None and not whole[2]:
+                assert whole[1] == text  # nothing is lost
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arguments=st.dictionaries(st.text(), JSON, max_size=3),
+    extra=st.dictionaries(st.text(min_size=1).map("x".__add__), JSON, max_size=2),
+    order=st.permutations([0, 1, 2]),
+    indent=st.sampled_from([None, 0, 2]),
+    ascii_only=st.booleans(),
+    step=st.integers(1, 40),
+)
+def test_arguments_are_the_text_that_the_model_wrote(
+    arguments, extra, order, indent, ascii_only, step
+):
+    """Whatever else an object holds, in whatever order."""
+
+    def dump(value):
+        return json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+
+    written = dump(arguments)
+    name = '"name" : "f.x-1"'
+    others = ", ".join(f"{dump(key)}:{dump(value)}" for key, value in extra.items())
+    parts = [(name, f'"arguments":{written}', others)[i] for i in order]
+    text = "{" + " ,\n".join(part for part in parts if part) + " }"
+    for format_name, marked in (
+        ("qwen", f"<tool_call>{text}</tool_call>"),
+        ("llama3", text),
+        ("mistral", f"[TOOL_CALLS][{text}]"),
+    ):
+        pieces = [marked[i : i + step] for i in range(0, len(marked), step)]
+        assert parse(of(format_name), pieces) == ("", "", [("f.x-1", written, None)])
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
