@@ -48,6 +48,7 @@ RULES = {
     "serving.request": Rule(only=()),
     "serving.config": Rule(only=("numpy", "serving.parsers", *PURE_SERVING)),
     "serving.parsers": Rule(only=("serving.parsers",)),
+    "serving.template_features": Rule(only=()),
     "serving.messages": Rule(only=("numpy", "msgspec", *PURE_SERVING)),
     "serving.grammar": Rule(only=("numpy", "llguidance", "serving.tokenizer", *PURE_SERVING)),
     "serving.scheduler": Rule(only=("numpy", *PURE_SERVING)),

@@ -43,8 +43,9 @@ from serving.http.sse import Events, stream, unless_disconnected
 from serving.http.state import WEIGHT_VERSION, ServerState
 from serving.http.tool_use import ToolUse, tool_use
 from serving.parsers.answer import Piece, Reading
+from serving.parsers.calls import CallDelta
 from serving.parsers.reasoning import REASONING_FORMATS, ReasoningFormat
-from serving.parsers.tool_calls import CallDelta, call_id
+from serving.parsers.tool_calls import call_id
 from serving.request import MAX_TOP_LOGPROBS, Grammar, Thinking
 from serving.tokenizer import Tokenizer
 

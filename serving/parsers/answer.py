@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from serving.parsers.calls import CallDelta, ToolParser
 from serving.parsers.reasoning import Begins, ReasoningFormat, ReasoningParser
-from serving.parsers.tool_calls import CallDelta, CallIds, ToolFormat, ToolParser
+from serving.parsers.tool_calls import CallIds, ToolFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
