@@ -128,6 +128,11 @@ def _check(tools: list[Tool]) -> None:
             problem = "is used twice" if name else "is empty"
             raise ApiError(f"tools[{i}].function.name {problem}.", param="tools")
         names.add(name)
+        if isinstance(parameters, dict) and not isinstance(parameters.get("properties", {}), dict):
+            raise ApiError(
+                f"Tool {i} function has invalid 'parameters' schema: properties must be an object.",
+                param="tools",
+            )
         if parameters is not None and not isinstance(parameters, dict):
             raise ApiError(
                 f"Tool {i} function has invalid 'parameters' schema: it must be an object.",

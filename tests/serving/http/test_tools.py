@@ -316,6 +316,22 @@ def test_a_schema_that_cannot_be_used_names_the_field():
     chatting("[]", check=check)
 
 
+@pytest.mark.parametrize("parser", ["qwen", "glm45"])
+@pytest.mark.parametrize("properties", [["city"], "city", None, 5])
+def test_properties_that_are_no_object_are_an_error_of_the_client(parser, properties):
+    """GLM's arguments are read by them, when it is too late for an error."""
+    tool = {"function": {"name": "f", "parameters": {"properties": properties}}}
+
+    async def check(chat):
+        for choice in ("auto", "required"):
+            body = {"messages": [USER], "tools": [tool], "tool_choice": choice}
+            response = await chat.http.post(CHAT, json=body)
+            assert response.status_code == 400, response.text
+            assert "properties must be an object" in response.json()["message"]
+
+    chatting("x", check=check, tool_call_parser=parser)
+
+
 THOUGHT = "Let me see < 3.\n</think>\n\nIt is 3."
 
 
