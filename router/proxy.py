@@ -21,18 +21,19 @@ from typing import Any
 import msgspec
 
 from router.config import RouterConfig
-from router.failover import ContinuedStream, PassedStream, Usage, error_event, usage_of
+from router.failover import DONE, ContinuedStream, PassedStream, Usage, error_event, usage_of
 from router.front import Call, HeaderList
 from router.limits import Limiter, RateLimited
 from router.metrics import RouterMetrics
 from router.request import BadRequest, RoutedRequest, with_fields
 from router.retry import backoff_s
 from router.routing import Outcome, Router, Ticket
-from router.upstream import TimedOut, Upstream, UpstreamError, UpstreamResponse
+from router.upstream import ConnectFailed, TimedOut, Upstream, UpstreamError, UpstreamResponse
 from router.workers import Worker, WorkerRegistry
 
 PATIENCE_S = 15.0
 """How long a stream that broke waits for a worker that can go on with it."""
+MAX_PAUSE_S = 1.0
 SEED_BITS = 31
 CLIENT_LEFT = 499
 """What is counted for a client that hung up; nobody receives it."""
@@ -112,6 +113,7 @@ class Failure:
 
     Attributes:
         answer: the worker's own answer (headers and body), where there is one.
+        reached: the worker may have seen the request.
         final: another attempt would not help.
     """
 
@@ -119,6 +121,7 @@ class Failure:
     code: str
     message: str
     answer: tuple[HeaderList, bytes] | None = None
+    reached: bool = True
     final: bool = False
 
 
@@ -142,7 +145,8 @@ def failure_of(error: UpstreamError, *, answering: bool) -> Failure:
             status=504, code="call_upstream_timeout", message=f"Worker {error.url}: {error}"
         )
     code = "read_response_body_failed" if answering else "call_upstream_request_error"
-    return Failure(status=500, code=code, message=f"Worker {error.url}: {error}")
+    reached = not isinstance(error, ConnectFailed) or error.sent
+    return Failure(status=500, code=code, message=f"Worker {error.url}: {error}", reached=reached)
 
 
 class Proxy:
@@ -443,6 +447,11 @@ class _Exchange:
                 response.close()
                 self._note(ticket, failure)
                 again = await recovery.next(ticket.worker, failure)
+                if again is None:
+                    self._count(request, ticket, stream.usage, stream.num_events)
+                    self._call.end(DONE)
+                    recovery.succeeded()
+                    return
                 if isinstance(again, Failure):
                     self._proxy.metrics.router_error(
                         request.model, request.endpoint, _error_type(again)
@@ -570,24 +579,23 @@ class _Recovery:
         self._failed.append(worker)
         proxy = exchange._proxy
         patience = proxy.clock() + PATIENCE_S
-        waited = 0
-        while self._attempts < proxy.max_attempts:
-            if self._attempts or waited:
-                await asyncio.sleep(backoff_s(proxy.config, self._attempts, proxy.rng))
+        tries = 0
+        while self._attempts < proxy.max_attempts and proxy.clock() < patience:
+            if tries:
+                delay = backoff_s(proxy.config, tries - 1, proxy.rng)
+                await asyncio.sleep(min(delay, MAX_PAUSE_S))
+            tries += 1
             unable = [w for w in proxy.registry.list() if not w.supports_continuation]
             ticket = exchange._begin(self._request, self._failed, unable)
             if ticket is None:
-                waited += 1
-                if proxy.clock() >= patience:
-                    break
                 continue
-            self._attempts += 1
             try:
                 result = await self._ask(stream, ticket)
             except BaseException:
                 ticket.end(Outcome.NEUTRAL)
                 raise
             if not isinstance(result, Failure):
+                self._attempts += 1
                 self._num += 1
                 logger.info(
                     "Request %s goes on on %s",
@@ -598,6 +606,7 @@ class _Recovery:
             failure = result
             if failure.final:
                 break
+            self._attempts += failure.reached
             self._failed.append(ticket.worker)
         proxy.metrics.failover("failed")
         return failure

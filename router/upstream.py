@@ -48,7 +48,12 @@ class UpstreamError(Exception):
 
 
 class ConnectFailed(UpstreamError):
-    """No connection, or it broke before the answer began."""
+    """No connection, or it broke before the answer began; `sent` if the worker may have seen the
+    request."""
+
+    def __init__(self, url: str, message: str, *, sent: bool = False) -> None:
+        super().__init__(url, message)
+        self.sent = sent
 
 
 class Broken(UpstreamError):
@@ -425,10 +430,15 @@ class _Connection(asyncio.Protocol):
         try:
             return await waiter
         except asyncio.CancelledError:
-            self.abandon()
+            # An answer may have come in the same moment, and the connection be in other hands.
+            if not waiter.cancelled() and waiter.exception() is None:
+                waiter.result().close()
+            elif self._waiter is waiter:
+                self.abandon()
             raise
         finally:
-            self._waiter = None
+            if self._waiter is waiter:
+                self._waiter = None
 
     def abandon(self) -> None:
         """The exchange is of no interest any more."""
@@ -550,8 +560,11 @@ class _Connection(asyncio.Protocol):
             return
         reason = "the connection was reset" if exc is not None else "the connection was closed"
         if self._response is None:
-            kind = Broken if self._answered else ConnectFailed
-            self._fail(kind(self.url, f"{reason} before the answer"))
+            self._fail(
+                Broken(self.url, f"{reason} in the middle of the headers")
+                if self._answered
+                else ConnectFailed(self.url, f"{reason} before the answer", sent=True)
+            )
         elif exc is None and not self._framed:
             # HTTP/1.0: the body lasts until the connection ends.
             self._end(None)

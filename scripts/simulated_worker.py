@@ -514,7 +514,7 @@ class _Answer:
             or settings.default_max_tokens
         )
         seed = ""
-        if body.get("temperature", 1) or body.get("seed") is not None:
+        if body.get("temperature", 1):
             seed = str(body["seed"] if body.get("seed") is not None else random.random())
         self.ids = answer_ids(self.prompt, seed, length)
         self.words = [word_of(token_id) for token_id in self.ids]
