@@ -291,7 +291,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(400, b"Invalid HTTP request received.")
         else:
             if self._in_head and self._head_size > MAX_HEAD_BYTES:
-                self._refuse(431, b"The request's headers are too large.")
+                self._refuse_head()
 
     def eof_received(self) -> bool:
         return False
@@ -328,6 +328,11 @@ class _Connection(asyncio.Protocol):
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        if self._head_size > MAX_HEAD_BYTES:
+            # What came with it may be body: this is exact.
+            size = sum(len(name) + len(value) + 4 for name, value in self._headers)
+            if size + len(self._url) > MAX_HEAD_BYTES:
+                self._refuse_head()
         self._in_head = False
         self._head_size = 0
         for name, value in self._headers:
@@ -435,6 +440,9 @@ class _Connection(asyncio.Protocol):
                 else:
                     call.keep_alive = False
                     call.answer(500, [], b"")
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, b"The request's headers are too large.")
 
     def _refuse_body(self) -> None:
         headers = [(b"content-type", b"application/json")]
