@@ -13,7 +13,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -300,17 +300,18 @@ class _Exchange:
         await asyncio.sleep(seconds)
 
     def _begin(
-        self, request: RoutedRequest, failed: Collection[Worker], unable: Collection[Worker] = ()
+        self, request: RoutedRequest, failed: Sequence[Worker], unable: Collection[Worker] = ()
     ) -> Ticket | None:
-        """A worker that did not fail this request if there is one, else any; never one `unable`."""
+        """A worker that did not fail this request if there is one, else any but the last that did,
+        else that; never one `unable`."""
         router = self._proxy.router
-        if failed:
-            # Entries of one server share its fate.
-            urls = {worker.base_url for worker in failed}
-            kin = [w for w in self._proxy.registry.list() if w.base_url in urls]
-            ticket = router.begin(request, [*unable, *kin])
-            if ticket is None:
-                ticket = router.begin(request, [*unable, *failed])
+        if not failed:
+            return router.begin(request, unable)
+        # Entries of one server share its fate.
+        urls = {worker.base_url for worker in failed}
+        kin = [w for w in self._proxy.registry.list() if w.base_url in urls]
+        for shunned in (kin, failed, failed[-1:]):
+            ticket = router.begin(request, [*unable, *shunned])
             if ticket is not None:
                 return ticket
         return router.begin(request, unable)
