@@ -205,6 +205,7 @@ class ContinuedStream:
         "_hide",
         "_id",
         "_include_usage",
+        "_lossy",
         "_num_tokens",
         "_opened",
         "_resumed",
@@ -227,6 +228,7 @@ class ContinuedStream:
         self._id = ""
         self._created = 0
         self._num_tokens = 0
+        self._lossy = False
         self._resumed = False
         self._told_total = False
         self.usage: Usage | None = None
@@ -259,7 +261,7 @@ class ContinuedStream:
     @property
     def can_go_on(self) -> bool:
         """Whether everything is known that another worker needs."""
-        return self._num_tokens <= MAX_TOKENS
+        return self._num_tokens <= MAX_TOKENS and not self._lossy
 
     @property
     def only_done_missing(self) -> bool:
@@ -349,7 +351,9 @@ class ContinuedStream:
                 self._told_total = True
         for choice in chunk.choices:
             ids = choice.token_ids
-            if ids:
+            if ids is None:
+                self._lossy = True  # text whose tokens are not known would come twice
+            elif ids:
                 self._num_tokens += len(ids)
                 if self._num_tokens > MAX_TOKENS:
                     self._answers.clear()

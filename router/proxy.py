@@ -37,6 +37,8 @@ MAX_PAUSE_S = 1.0
 SEED_BITS = 31
 CLIENT_LEFT = 499
 """What is counted for a client that hung up; nobody receives it."""
+STALLED_S = 5.0
+"""A stream of an unhealthy worker that has said nothing for so long is taken elsewhere."""
 TAIL_S = 1.0
 """How long the end of an exchange may take after its last event, for the connection's sake."""
 
@@ -178,6 +180,7 @@ class Proxy:
         self.answer_headers = answer_headers
         self.rng = rng
         self.clock = clock
+        self._streams: set[_Exchange] = set()
         self.max_attempts = 1 if config.disable_retries else max(1, config.retry_max_retries)
         self.id_headers = {
             name.lower().encode(): i for i, name in enumerate(config.request_id_headers)
@@ -191,11 +194,38 @@ class Proxy:
         finally:
             exchange.close()
 
+    def worker_unhealthy(self, worker: Worker) -> None:
+        """A worker stopped answering health checks: its connections may stay open for ever.
+
+        Streams that can go on elsewhere do, if they stand still.
+        """
+        before = self.clock() - STALLED_S
+        for exchange in [each for each in self._streams if each.worker is worker]:
+            exchange.interrupt_if_stalled(before)
+
+    def streaming(self, exchange: _Exchange, *, begins: bool) -> None:
+        """A stream that can go on elsewhere begins or ends."""
+        if begins:
+            self._streams.add(exchange)
+        else:
+            self._streams.discard(exchange)
+
 
 class _Exchange:
     """One client's request, from its headers to the last byte of its answer."""
 
-    __slots__ = ("_began", "_call", "_forwarded", "_proxy", "_route", "_stream", "request_id")
+    __slots__ = (
+        "_began",
+        "_call",
+        "_forwarded",
+        "_heard_at",
+        "_proxy",
+        "_response",
+        "_route",
+        "_stream",
+        "request_id",
+        "worker",
+    )
 
     def __init__(self, proxy: Proxy, call: Call) -> None:
         self._proxy = proxy
@@ -203,6 +233,9 @@ class _Exchange:
         self._route = ROUTES[call.path]
         self._began = proxy.clock()
         self._stream: PassedStream | ContinuedStream | None = None
+        self._response: UpstreamResponse | None = None
+        self._heard_at = self._began
+        self.worker: Worker | None = None
         self.request_id, self._forwarded = self._read_headers()
 
     async def run(self) -> None:
@@ -232,6 +265,11 @@ class _Exchange:
         call, proxy = self._call, self._proxy
         status = CLIENT_LEFT if call.client_left else call.status
         proxy.metrics.http_response(call.method, call.path, status, proxy.clock() - self._began)
+
+    def interrupt_if_stalled(self, before: float) -> None:
+        """Give up the worker's stream if it has said nothing since then."""
+        if self._response is not None and self._heard_at < before:
+            self._response.interrupt("the worker is unhealthy and the stream stands still")
 
     # the request
 
@@ -437,6 +475,9 @@ class _Exchange:
         self._call.begin(response.status, self._answer_headers(response.headers))
         self._first_token(ticket)
         recovery = _Recovery(self, request, stream)
+        proxy = self._proxy
+        if isinstance(stream, ContinuedStream):
+            proxy.streaming(self, begins=True)
         try:
             while True:
                 failure = await self._pump(ticket, response, first)
@@ -462,6 +503,7 @@ class _Exchange:
                 ticket.end(Outcome.NEUTRAL)
                 ticket, response, first = again
         finally:
+            proxy.streaming(self, begins=False)
             response.close()
             ticket.end(Outcome.NEUTRAL)
 
@@ -472,8 +514,11 @@ class _Exchange:
         stream, data = self._stream, first
         assert stream is not None
         continued = isinstance(stream, ContinuedStream)
+        clock = self._proxy.clock
+        self.worker, self._response = ticket.worker, response
         try:
             while data:
+                self._heard_at = clock()
                 out = stream.feed(data)
                 if continued and stream.complete:
                     self._call.end(out)

@@ -330,6 +330,12 @@ class UpstreamResponse:
         if connection is not None:
             connection.abandon()
 
+    def interrupt(self, reason: str) -> None:
+        """Whoever reads gets Broken: it is known from elsewhere that nothing more will come."""
+        connection = self._connection
+        if connection is not None:
+            connection.interrupt(reason)
+
     async def aclose(self) -> None:
         """The same as `close`, for `contextlib.aclosing`."""
         self.close()
@@ -443,6 +449,11 @@ class _Connection(asyncio.Protocol):
     def abandon(self) -> None:
         """The exchange is of no interest any more."""
         self._fail(ConnectFailed(self.url, "given up"))
+        self._abort()
+
+    def interrupt(self, reason: str) -> None:
+        """The exchange fails now."""
+        self._fail(Broken(self.url, reason))
         self._abort()
 
     def close(self) -> None:

@@ -238,6 +238,7 @@ async def routed(urls, *, continues=True, **changes):
     proxy = Proxy(
         answer_headers=lambda headers: [(b"vary", b"origin")], rng=random.Random(5), **parts
     )
+    parts["proxy"] = proxy
     front = Front(proxy.handle, max_body=config.max_payload_size)
     listener = socket.create_server(("127.0.0.1", 0))
     await front.listen(listener)

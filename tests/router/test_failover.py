@@ -283,6 +283,14 @@ def test_memory_is_bounded(monkeypatch):
     assert "4 MiB" in stream.failure
 
 
+def test_text_whose_tokens_are_not_told_cannot_go_on():
+    stream = stream_of()
+    shown(stream, chunk("a", [1]))
+    assert stream.can_go_on
+    shown(stream, chunk("b", None))
+    assert not stream.can_go_on
+
+
 def test_what_is_no_chunk_breaks_a_continued_stream():
     stream = stream_of()
     assert stream.feed(b": ping\n\n") == b": ping\n\n"

@@ -285,3 +285,27 @@ def test_a_given_seed_is_treated_as_the_workers_own():
             assert answer([5], 1)
 
     run(main)
+
+
+def test_a_stream_of_a_worker_that_hangs_goes_on_when_it_is_found_unhealthy(monkeypatch):
+    monkeypatch.setattr("router.proxy.STALLED_S", 0.1)
+
+    async def main():
+        async with workers(2, tpot=0.02) as fleet, routed([w.url for w in fleet]) as server:
+            text = (await server.client.stream()).text()
+            fleet[0].settings.tpot = fleet[1].settings.tpot = 60
+            task = asyncio.create_task(server.client.stream())
+            await asyncio.sleep(0.2)
+            hung = next(w for w in fleet if w.counts.running)
+            for worker in fleet:
+                worker.settings.tpot = 0.0
+            listed = {worker.base_url: worker for worker in server.registry.list()}
+            for worker in fleet:  # that the other one is well changes nothing for this stream
+                if worker is not hung:
+                    server.proxy.worker_unhealthy(listed[worker.url])
+            await asyncio.sleep(0.1)
+            assert not task.done()
+            server.proxy.worker_unhealthy(listed[hung.url])
+            assert (await task).text() == text
+
+    run(main)
