@@ -1,0 +1,100 @@
+"""A circuit breaker: takes a worker out of service that fails again and again.
+
+Closed, it lets everything through. After so many failures in a row it opens and lets nothing
+through; after a while it is half open and lets one request at a time through, to see. Only the
+worker's own faults are failures: the caller decides what those are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+State = Literal["closed", "open", "half_open"]
+PROBES = 2
+"""Requests that may run at once while the circuit is half open."""
+
+
+class CircuitBreaker:
+    """The circuit of one worker.
+
+    Args:
+        failure_threshold: failures in a row that open it; None never opens it.
+        success_threshold: successes in a row that close it when it is half open.
+        timeout_s: how long it stays open.
+        clock: seconds.
+        on_transition: told (from, to) of every change.
+    """
+
+    def __init__(
+        self,
+        *,
+        failure_threshold: int | None,
+        success_threshold: int,
+        timeout_s: float,
+        clock: Callable[[], float],
+        on_transition: Callable[[State, State], None] = lambda before, after: None,
+    ) -> None:
+        self._failure_threshold = failure_threshold
+        self._success_threshold = success_threshold
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._on_transition = on_transition
+        self._state: State = "closed"
+        self._since = clock()
+        self._probes = 0
+        self.consecutive_failures = 0
+        self.consecutive_successes = 0
+
+    @property
+    def state(self) -> State:
+        """As of now: time alone takes it from open to half open."""
+        if self._state == "open" and self._clock() - self._since >= self._timeout_s:
+            self._change("half_open")
+        return self._state
+
+    @property
+    def allows(self) -> bool:
+        """Whether a request may go through now."""
+        if self._state == "closed":
+            return True
+        return self.state == "half_open" and self._probes < PROBES
+
+    def begin(self) -> None:
+        """A request goes through; `end` must follow."""
+        self._probes += 1
+
+    def end(self, success: bool | None) -> None:
+        """It is over; None says nothing about the worker."""
+        self._probes -= 1
+        if success is None:
+            return
+        if success:
+            self.consecutive_failures = 0
+            self.consecutive_successes += 1
+            if self.state == "half_open" and (
+                self.consecutive_successes >= self._success_threshold
+            ):
+                self._change("closed")
+            return
+        self.consecutive_successes = 0
+        self.consecutive_failures += 1
+        threshold = self._failure_threshold
+        if threshold is None:
+            return
+        if self.state == "half_open" or (
+            self._state == "closed" and self.consecutive_failures >= threshold
+        ):
+            self._change("open")
+
+    def reset(self) -> None:
+        """The worker is another one now, under the same address."""
+        self.consecutive_failures = self.consecutive_successes = 0
+        if self._state != "closed":
+            self._change("closed")
+
+    def _change(self, state: State) -> None:
+        before, self._state = self._state, state
+        self._since = self._clock()
+        self.consecutive_failures = self.consecutive_successes = 0
+        self._on_transition(before, state)
