@@ -156,7 +156,9 @@ class WorkerRegistry:
     def list(self) -> tuple[Worker, ...]:
         return self._listed
 
-    def available(self, model: str | None = None, exclude: Collection[Worker] = ()) -> list[Worker]:
+    def available(
+        self, model: str | None = None, exclude: Collection[Worker] = ()
+    ) -> Sequence[Worker]:
         """Those that a request may be given to now.
 
         Args:
