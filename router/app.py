@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
+from router.config import RouterConfig
 from router.front import Call, Handler, HeaderList
+from router.limits import Limiter
+from router.metrics import RouterMetrics
 from router.proxy import JSON, ROUTES, Proxy, error_body
 
 Authorized = Callable[[HeaderList], bool]
@@ -36,3 +40,16 @@ class App:
             call.answer(401, headers, error_body(401, "unauthorized", message))
         else:
             await self._proxy.handle(call)
+
+
+def make_limiter(config: RouterConfig, metrics: RouterMetrics) -> Limiter:
+    """The limiter that the flags ask for."""
+    most = config.max_concurrent_requests
+    return Limiter(
+        max_running=most if most > 0 else None,
+        per_second=config.rate_limit_tokens_per_second,
+        queue_size=config.queue_size,
+        queue_timeout_s=config.queue_timeout_secs,
+        clock=time.monotonic,
+        on_decision=metrics.rate_limit,
+    )

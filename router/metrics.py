@@ -272,9 +272,9 @@ class RouterMetrics:
         self._get(self._cb_transitions, worker, before, after).inc()
         self._get(self._cb_state, worker).set(CB_STATES[after])
 
-    def breaker_outcome(self, worker: str, success: bool) -> None:
-        """A worker's circuit was told of an attempt."""
-        self._get(self._cb_outcomes, worker, "success" if success else "failure").inc()
+    def breaker_outcome(self, worker: str, outcome: str) -> None:
+        """A worker's circuit was told of an attempt: "success" or "failure"."""
+        self._get(self._cb_outcomes, worker, outcome).inc()
 
     def retry(self, endpoint: str) -> None:
         """A request is tried again."""
@@ -317,17 +317,16 @@ class RouterMetrics:
             "sgl_router_load_balancing_events", "Choices that load decided against the cache."
         )
         self._matched = self._counter(
-            "sgl_router_matched_tokens", "Prompt tokens by what was expected of them.", "expected"
+            "sgl_router_expected_tokens",
+            "Prompt tokens by what was expected of them when their worker was chosen.",
+            *("worker", "expected"),
         )
 
-    def expected(self, cached: int, prompt: int) -> None:
-        """What the policy expects of the worker it chose: cached tokens of a prompt's."""
-        if cached:
-            self._get(self._hits).inc()
-        else:
-            self._get(self._misses).inc()
-        self._get(self._matched, "cached").inc(cached)
-        self._get(self._matched, "uncached").inc(max(0, prompt - cached))
+    def expected(self, worker: str, hit_tokens: int, prompt_tokens: int) -> None:
+        """What the policy expects of the worker it chose, of a prompt's tokens."""
+        self._get(self._hits if hit_tokens else self._misses).inc()
+        self._get(self._matched, worker, "cached").inc(hit_tokens)
+        self._get(self._matched, worker, "uncached").inc(max(0, prompt_tokens - hit_tokens))
 
     def rebalanced(self) -> None:
         """Load decided, against the cache."""

@@ -217,8 +217,11 @@ class _Exchange:
     __slots__ = (
         "_began",
         "_call",
+        "_code",
+        "_first_at",
         "_forwarded",
         "_heard_at",
+        "_number",
         "_proxy",
         "_response",
         "_route",
@@ -234,14 +237,15 @@ class _Exchange:
         self._began = proxy.clock()
         self._stream: PassedStream | ContinuedStream | None = None
         self._response: UpstreamResponse | None = None
-        self._heard_at = self._began
+        self._heard_at = self._first_at = self._began
+        self._number = proxy.metrics.http_request(call.method, call.path)
+        self._code = ""
         self.worker: Worker | None = None
         self.request_id, self._forwarded = self._read_headers()
 
     async def run(self) -> None:
         """Answer the request."""
         proxy, call = self._proxy, self._call
-        proxy.metrics.http_request(call.method, call.path)
         try:
             self._check_type()
             request = RoutedRequest.parse(call.path, call.body, call.headers)
@@ -259,12 +263,15 @@ class _Exchange:
             await self._forward(request)
         finally:
             permit.release()
+            seconds = proxy.clock() - self._began
+            proxy.metrics.router_done(request.model, request.endpoint, seconds)
 
     def close(self) -> None:
         """Whatever happened, it is counted."""
-        call, proxy = self._call, self._proxy
+        call = self._call
         status = CLIENT_LEFT if call.client_left else call.status
-        proxy.metrics.http_response(call.method, call.path, status, proxy.clock() - self._began)
+        metrics = self._proxy.metrics
+        metrics.http_response(self._number, call.method, call.path, status, self._code)
 
     def interrupt_if_stalled(self, before: float) -> None:
         """Give up the worker's stream if it has said nothing since then."""
@@ -457,8 +464,7 @@ class _Exchange:
                 answer=(response.headers, content),
             )
         if status < 400:
-            self._first_token(ticket)
-            self._count(request, ticket, usage_of(content), None)
+            self._count(request, ticket, usage_of(content), 0)
             ticket.end(Outcome.OK)
         else:
             ticket.end(Outcome.NEUTRAL)
@@ -469,20 +475,21 @@ class _Exchange:
         self, request: RoutedRequest, ticket: Ticket, response: UpstreamResponse, first: bytes
     ) -> None:
         """A stream, over as many workers as it takes."""
-        stream = self._stream
+        stream, proxy = self._stream, self._proxy
         assert stream is not None
-        self._proxy.metrics.upstream_response(response.status, "")
+        proxy.metrics.upstream_response(response.status, "")
         self._call.begin(response.status, self._answer_headers(response.headers))
-        self._first_token(ticket)
+        self._first_at = proxy.clock()
+        ticket.first_token()
+        proxy.metrics.ttft(request.model, request.endpoint, self._first_at - self._began)
         recovery = _Recovery(self, request, stream)
-        proxy = self._proxy
         if isinstance(stream, ContinuedStream):
             proxy.streaming(self, begins=True)
         try:
             while True:
                 failure = await self._pump(ticket, response, first)
                 if failure is None:
-                    self._count(request, ticket, stream.usage, stream.num_events)
+                    self._count_stream(request, ticket, stream)
                     ticket.end(Outcome.OK)
                     recovery.succeeded()
                     return
@@ -490,17 +497,15 @@ class _Exchange:
                 self._note(ticket, failure)
                 again = await recovery.next(ticket.worker, failure)
                 if again is None:
-                    self._count(request, ticket, stream.usage, stream.num_events)
+                    self._count_stream(request, ticket, stream)
                     self._call.end(DONE)
                     recovery.succeeded()
                     return
                 if isinstance(again, Failure):
-                    self._proxy.metrics.router_error(
-                        request.model, request.endpoint, _error_type(again)
-                    )
+                    kind = _error_type(again)
+                    proxy.metrics.router_error(request.model, request.endpoint, kind)
                     self._call.end(error_event(again.code, again.status, again.message))
                     return
-                ticket.end(Outcome.NEUTRAL)
                 ticket, response, first = again
         finally:
             proxy.streaming(self, begins=False)
@@ -546,21 +551,29 @@ class _Exchange:
             message=f"Worker {response.url}: {reason}",
         )
 
-    def _first_token(self, ticket: Ticket) -> None:
-        ticket.first_token()
-        self._proxy.metrics.ttft(self._proxy.clock() - self._began)
+    def _count_stream(
+        self,
+        request: RoutedRequest,
+        ticket: Ticket,
+        stream: PassedStream | ContinuedStream,
+    ) -> None:
+        """A stream came to its end."""
+        num = self._count(request, ticket, stream.usage, stream.num_events)
+        seconds = self._proxy.clock() - self._first_at
+        self._proxy.metrics.generation(request.model, request.endpoint, seconds, num)
 
     def _count(
-        self, request: RoutedRequest, ticket: Ticket, usage: Usage | None, events: int | None
-    ) -> None:
-        """What the answer cost, by what it says."""
-        metrics = self._proxy.metrics
-        tokens = events
+        self, request: RoutedRequest, ticket: Ticket, usage: Usage | None, num_events: int
+    ) -> int:
+        """What the answer cost, by what it says, else by its events; its number of tokens."""
+        prompt, completion = 0, num_events
         if usage is not None:
-            ticket.usage(usage.prompt_tokens, usage.cached, usage.completion_tokens)
-            tokens = usage.completion_tokens if usage.completion_tokens is not None else events
-        if tokens:
-            metrics.tokens(tokens)
+            prompt = usage.prompt_tokens
+            if usage.completion_tokens is not None:
+                completion = usage.completion_tokens
+            ticket.usage(prompt, usage.cached, completion)
+        self._proxy.metrics.tokens(request.model, request.endpoint, prompt, completion)
+        return completion
 
     def _fail(self, request: RoutedRequest, failure: Failure) -> None:
         metrics = self._proxy.metrics
@@ -572,6 +585,7 @@ class _Exchange:
             self._refuse(Refused(failure.status, failure.code, failure.message))
 
     def _refuse(self, refused: Refused) -> None:
+        self._code = refused.code
         body = error_body(refused.status, refused.code, str(refused))
         self._answer(refused.status, [JSON, *refused.headers], body)
 

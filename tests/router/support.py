@@ -7,12 +7,18 @@ import contextlib
 import json
 import random
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.app import make_limiter
+from router.config import RouterConfig
 from router.front import Front
+from router.metrics import RouterMetrics
 from router.proxy import Proxy
+from router.routing import Router
 from router.upstream import Upstream, UpstreamError
+from router.workers import WorkerRegistry, make_worker
 from scripts.simulated_worker import SimulatedWorker
 
 JSON = (b"content-type", b"application/json")
@@ -209,35 +215,30 @@ class Routed:
         self.base = base
         self.client = Client(base)
 
-    @property
-    def tickets(self):
-        return self.router.tickets
-
 
 @contextlib.asynccontextmanager
 async def routed(urls, *, continues=True, **changes):
-    """A router before these workers, by round robin, all healthy."""
-    from router.config import RouterConfig
-    from router.limits import Limiter
-    from router.metrics import RouterMetrics
-    from router.routing import Router
-    from router.workers import Worker, WorkerRegistry
-
-    fields = {"retry_initial_backoff_ms": 1} | changes
+    """A router before these workers, all healthy; by round robin unless `changes` says else."""
+    fields = {"retry_initial_backoff_ms": 1, "policy": "round_robin"} | changes
     config = RouterConfig(**fields)
-    registry = WorkerRegistry([Worker(url, continues) for url in urls])
+    registry, metrics, rng = WorkerRegistry(), RouterMetrics(), random.Random(5)
+    router = Router(
+        config=config, registry=registry, metrics=metrics, clock=time.monotonic, rng=rng
+    )
+    for url in urls:
+        worker = make_worker(config, url, clock=time.monotonic, supports_continuation=continues)
+        registry.add(worker)
+        router.worker_added(worker)
     upstream = Upstream(connect_timeout_s=2)
     parts = {
         "config": config,
         "registry": registry,
-        "router": Router(registry),
+        "router": router,
         "upstream": upstream,
-        "limiter": Limiter(),
-        "metrics": RouterMetrics(),
+        "limiter": make_limiter(config, metrics),
+        "metrics": metrics,
     }
-    proxy = Proxy(
-        answer_headers=lambda headers: [(b"vary", b"origin")], rng=random.Random(5), **parts
-    )
+    proxy = Proxy(answer_headers=lambda headers: [(b"vary", b"origin")], rng=rng, **parts)
     parts["proxy"] = proxy
     front = Front(proxy.handle, max_body=config.max_payload_size)
     listener = socket.create_server(("127.0.0.1", 0))

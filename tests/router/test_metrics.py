@@ -91,7 +91,7 @@ def test_workers():
     metrics.worker_error("timeout")
     metrics.breaker(URL, "half_open", 4, 1)
     metrics.breaker_transition(URL, "half_open", "open")
-    metrics.breaker_outcome(URL, False)
+    metrics.breaker_outcome(URL, "failure")
     metrics.retry("chat")
     metrics.retries_exhausted("chat")
     metrics.backoff(1, 0.05)
@@ -132,13 +132,13 @@ def test_cache_hit_rate_by_source():
     metrics.cache("http://w:2", 5, 5)
     assert value(metrics, "sglang_cache_hit_rate", source=URL) == 0.5
     assert value(metrics, "sglang_cache_hit_rate", source="http://w:2") == 1.0
-    metrics.expected(10, 30)
-    metrics.expected(0, 5)
+    metrics.expected(URL, 10, 30)
+    metrics.expected(URL, 0, 5)
     metrics.tree(URL, 12)
     metrics.rebalanced()
     assert value(metrics, "sgl_router_cache_hits_total") == 1
     assert value(metrics, "sgl_router_cache_misses_total") == 1
-    assert value(metrics, "sgl_router_matched_tokens_total", expected="cached") == 10
+    assert value(metrics, "sgl_router_expected_tokens_total", worker=URL, expected="cached") == 10
     assert value(metrics, "sgl_router_tree_size", worker=URL) == 12
     assert value(metrics, "sgl_router_load_balancing_events_total") == 1
     metrics.worker_removed(URL)
