@@ -8,8 +8,8 @@ class HealthState:
 
     def __init__(self, *, failure_threshold: int, success_threshold: int) -> None:
         self.healthy = True
-        self._failure_threshold = failure_threshold
-        self._success_threshold = success_threshold
+        self.failure_threshold = failure_threshold
+        self.success_threshold = success_threshold
         self._in_a_row = 0
 
     def record(self, success: bool) -> bool:
@@ -18,7 +18,7 @@ class HealthState:
             self._in_a_row = 0
             return False
         self._in_a_row += 1
-        needed = self._success_threshold if success else self._failure_threshold
+        needed = self.success_threshold if success else self.failure_threshold
         if self._in_a_row < needed:
             return False
         self.healthy = success
