@@ -187,6 +187,10 @@ class Registration:
 
     async def start(self) -> None:
         """Begin to add the workers that the flags name, which get the router's key."""
+        if self._config.service_discovery:
+            if self._config.worker_urls:
+                logger.warning("--service-discovery: --worker-urls is not used.")
+            return
         for url in self._config.worker_urls:
             try:
                 self.add(NewWorker(url=url, api_key=self._config.api_key), source="static")
