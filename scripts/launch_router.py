@@ -10,9 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from router.app import RouterService  # noqa: E402
 from router.config import ConfigError, RouterConfig, parse_args  # noqa: E402
-
-from router.app import make_service  # noqa: E402
 from router.server import run  # noqa: E402
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -26,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"launch_router.py: error: {error}", file=sys.stderr)
         return 2
     set_up_logging(config)
-    return run(config, make_service)
+    return run(config, RouterService)
 
 
 def set_up_logging(config: RouterConfig) -> None:

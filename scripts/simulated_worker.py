@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from http import HTTPStatus
 from typing import Any
 
@@ -230,7 +230,9 @@ class SimulatedWorker:
 
     def stats(self) -> dict[str, Any]:
         """Counters, as JSON."""
-        return {"url": self.url, **asdict(self.counts), "connections": len(self.connections)}
+        counts = {f.name: getattr(self.counts, f.name) for f in fields(Counts)}
+        counts["requests"] = dict(self.counts.requests)
+        return {"url": self.url, **counts, "connections": len(self.connections)}
 
     def handle(
         self, connection: _Connection, path: str, headers: dict[str, str], body: bytes

@@ -148,6 +148,25 @@ def test_a_wrong_flag_is_one_sentence():
     run(main, 60)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tls-cert-path", "none.pem", "--tls-key-path", "none.pem"),
+        ("--ca-cert-paths", "none.pem"),
+    ],
+)
+def test_certificates_that_are_not_there_are_one_sentence(flags):
+    async def main():
+        async with process(*flags) as (child, _, _):
+            _, err = await asyncio.wait_for(child.communicate(), 30)
+            assert child.returncode == 1
+            assert err.startswith(b"launch_router.py: error: ")
+            assert flags[0].encode() in err
+            assert err.count(b"\n") == 1
+
+    run(main, 60)
+
+
 def test_workers_that_are_not_there_yet():
     """The listener is up at once; 503 with a reason until a worker is."""
 
