@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from router.admin import make_app
 from router.config import RouterConfig
+from router.discovery import Discovery
 from router.front import Call, Handler, HeaderList, as_asgi
 from router.limits import Limiter
 from router.metrics import RouterMetrics
@@ -102,6 +103,11 @@ class RouterService:
             metrics=self.metrics,
             on_unhealthy=self.proxy.worker_unhealthy,
         )
+        self.discovery: Discovery | None = None
+        if config.service_discovery:
+            self.discovery = Discovery(
+                config=config, registration=self.registration, metrics=self.metrics
+            )
         admin = make_app(
             config=config,
             registry=self.registry,
@@ -120,12 +126,16 @@ class RouterService:
         return self.metrics.page()
 
     async def start(self) -> None:
-        """Begin to watch and to register workers."""
+        """Begin to watch, to register and to look for workers."""
         await self.monitor.start()
         await self.registration.start()
+        if self.discovery is not None:
+            await self.discovery.start()
 
     async def stop(self) -> None:
         """End that, and hang up on the workers."""
+        if self.discovery is not None:
+            await self.discovery.stop()
         await self.registration.stop()
         await self.monitor.stop()
         await self.upstream.close()
