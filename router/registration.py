@@ -230,7 +230,7 @@ class Registration:
         self._forget_old()
         if len(self._tasks) >= MAX_JOBS:
             raise QueueFull(f"{MAX_JOBS} workers are being added or removed already.")
-        if new.api_key is None and self._config.api_key is not None:
+        if source == "api" and new.api_key is None and self._config.api_key is not None:
             logger.warning(
                 "Worker %s is added without a key; the router's own is not sent to it.", job.url
             )
