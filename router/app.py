@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from router.admin import make_app
 from router.config import RouterConfig
-from router.discovery import Discovery
+from router.discovery import Discovery, DiscoveryError
 from router.front import Call, Handler, HeaderList, as_asgi
 from router.limits import Limiter
 from router.metrics import RouterMetrics
@@ -105,9 +105,12 @@ class RouterService:
         )
         self.discovery: Discovery | None = None
         if config.service_discovery:
-            self.discovery = Discovery(
-                config=config, registration=self.registration, metrics=self.metrics
-            )
+            try:
+                self.discovery = Discovery(
+                    config=config, registration=self.registration, metrics=self.metrics
+                )
+            except DiscoveryError as error:
+                raise StartError(str(error)) from None
         admin = make_app(
             config=config,
             registry=self.registry,
