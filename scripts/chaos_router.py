@@ -1,8 +1,8 @@
 """Streams through the router while its workers are killed: no error, no lost or doubled token.
 
-Simulated workers, each a process; every second a random one gets SIGKILL and comes back a little
-later. Clients hold streams all the time, greedy and seeded, and compare every answer with what it
-must be. Exit code 0 if all were right.
+Simulated workers, each a process, or with --engines real ones with the demo model; every now and
+then a random one gets SIGKILL and comes back. Clients hold streams all the time, greedy and seeded,
+and compare every answer with what it must be. Exit code 0 if all were right.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +33,65 @@ from scripts.router_load import JSON, text_of  # noqa: E402
 from scripts.simulated_worker import answer_ids, word_of  # noqa: E402
 
 REPORT_S = 10.0
+NUM_QUESTIONS = 24
+"""Of those whose answers real workers give before they are killed."""
+THINGS = ("kite", "dog", "tree", "king", "boat", "star", "river", "cake")
+
+Question = tuple[str, dict[str, Any], str]
+"""Path, body, and the text of the answer."""
+ENGINE_FLAGS = ["--tp", "1", "--device", "cpu", "--decode-buckets", "8", "--extend-buckets", "64"]
+START_S = 240.0
 DOWN_S = (0.2, 0.8)
 """How long a killed worker stays away, at least and at most."""
 
 
 class Fleet:
-    """Worker processes that can be killed and started again, each on its port."""
+    """Worker processes that can be killed and started again, each on its port.
 
-    def __init__(self, num: int, flags: Sequence[str]) -> None:
+    Args:
+        command: of a worker; the port is put behind it.
+    """
+
+    def __init__(self, num: int, command: Sequence[str], log: Path) -> None:
         self.ports = [free_port() for _ in range(num)]
         self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
         self.num_kills = 0
-        self._flags = flags
+        self._command = command
+        self._log = log
         self._running: dict[int, asyncio.subprocess.Process] = {}
 
     async def start(self, port: int) -> None:
-        script = str(ROOT / "scripts" / "simulated_worker.py")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            script,
-            "--ports",
-            str(port),
-            *self._flags,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=ROOT,
-        )
-        assert process.stdout is not None
-        await process.stdout.readline()
+        """Start one; returns when it is healthy."""
+        with open(self._log, "ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                str(port),
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                start_new_session=True,
+            )
+        http = Upstream()
+        try:
+            async with asyncio.timeout(START_S):
+                while True:
+                    with contextlib.suppress(UpstreamError):
+                        answer = await http.request(f"http://127.0.0.1:{port}", "GET", "/health")
+                        if answer.status == 200:
+                            break
+                    await asyncio.sleep(0.1)
+        except BaseException:
+            _kill_group(process)
+            raise
+        finally:
+            await http.close()
         self._running[port] = process
 
     async def kill(self, port: int) -> None:
+        """Kill one with all its processes."""
         process = self._running.pop(port)
-        process.send_signal(signal.SIGKILL)
+        _kill_group(process)
         self.num_kills += 1
         await process.wait()
 
@@ -93,13 +121,24 @@ class Fleet:
             task.add_done_callback(revivals.discard)
 
 
-class Clients:
-    """Streams and plain requests, `num` at once, each compared with what it must be."""
+def _kill_group(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
-    def __init__(self, base: str, num: int, max_tokens: int, seed: int) -> None:
+
+class Clients:
+    """Requests, `num` at once, each compared with what its answer must be.
+
+    Args:
+        question: draws a request and its answer.
+    """
+
+    def __init__(
+        self, base: str, num: int, question: Callable[[random.Random], Question], seed: int
+    ) -> None:
         self._base = base
         self._num = num
-        self._max_tokens = max_tokens
+        self._question = question
         self._rng = random.Random(seed)
         self._http = Upstream()
         self._stop = False
@@ -127,47 +166,80 @@ class Clients:
 
     async def _ask(self, rng: random.Random) -> tuple[str, str]:
         """How it went, and what is wrong with it if something is."""
-        chat, stream, seeded = rng.random() < 0.5, rng.random() < 0.95, rng.random() < 0.5
-        # A plain answer cannot go on, only be computed again: it must be shorter than a life.
-        length = rng.randint(1, self._max_tokens if stream else min(20, self._max_tokens))
-        content = f"Question {rng.getrandbits(40)}: " + "what is it? " * rng.randint(1, 20)
-        body: dict[str, Any] = {"model": "mock-model", "stream": stream, "max_tokens": length}
-        if chat:
-            body["messages"] = [{"role": "user", "content": content}]
-            prompt, path = f"<user>{content}<assistant>", "/v1/chat/completions"
-        else:
-            body["prompt"] = prompt = content
-            path = "/v1/completions"
-        if seeded:
-            body |= {"temperature": 1, "seed": rng.getrandbits(31)}
-        else:
-            body["temperature"] = 0
-        ids = answer_ids(prompt, str(body.get("seed", "")), length)
-        expected = "".join(map(word_of, ids))
-        kind = ("stream" if stream else "plain") + (", seeded" if seeded else ", greedy")
-        content_bytes = b""
+        path, body, expected = self._question(rng)
+        kind = ("stream" if body["stream"] else "plain") + (
+            ", seeded" if "seed" in body else ", greedy"
+        )
         try:
-            response = await self._http.request(
-                self._base, "POST", path, [JSON], json.dumps(body).encode(), timeout=120
-            )
-            while data := await response.chunk():
-                content_bytes += data
+            status, content = await ask(self._http, self._base, path, body)
         except UpstreamError as error:
-            return f"{kind}: {type(error).__name__}", f"{error}; {content_bytes[-300:]!r}"
-        if response.status != 200:
-            return f"{kind}: status {response.status}", repr(content_bytes[:300])
-        if stream:
-            if not content_bytes.endswith(b"data: [DONE]\n\n"):
-                return f"{kind}: no [DONE]", repr(content_bytes[-300:])
-            if b'"error"' in content_bytes:
-                return f"{kind}: error event", repr(content_bytes[-400:])
-            got = text_of(content_bytes)
-        else:
-            choice = json.loads(content_bytes)["choices"][0]
-            got = choice["text"] if "text" in choice else choice["message"]["content"]
+            return f"{kind}: {type(error).__name__}", str(error)
+        if status != 200:
+            return f"{kind}: status {status}", repr(content[:300])
+        if body["stream"]:
+            if not content.endswith(b"data: [DONE]\n\n"):
+                return f"{kind}: no [DONE]", repr(content[-300:])
+            if b'{"error"' in content:
+                return f"{kind}: error event", repr(content[-400:])
+        got = answer_of(content, stream=body["stream"])
         if got != expected:
             return f"{kind}: wrong text", f"{got!r} instead of {expected!r}"
         return f"{kind}: right", ""
+
+
+def simulated_question(rng: random.Random, most: int) -> Question:
+    """A request that no other is like, and what a simulated worker says to it."""
+    chat, stream, seeded = rng.random() < 0.5, rng.random() < 0.95, rng.random() < 0.5
+    # A plain answer cannot go on, only be computed again: it must be shorter than a life.
+    length = rng.randint(1, most if stream else min(20, most))
+    content = f"Question {rng.getrandbits(40)}: " + "what is it? " * rng.randint(1, 20)
+    body: dict[str, Any] = {"model": "mock-model", "stream": stream, "max_tokens": length}
+    if chat:
+        body["messages"] = [{"role": "user", "content": content}]
+        prompt, path = f"<user>{content}<assistant>", "/v1/chat/completions"
+    else:
+        body["prompt"] = prompt = content
+        path = "/v1/completions"
+    if seeded:
+        body |= {"temperature": 1, "seed": rng.getrandbits(31)}
+    else:
+        body["temperature"] = 0
+    ids = answer_ids(prompt, str(body.get("seed", "")), length)
+    return path, body, "".join(map(word_of, ids))
+
+
+async def real_questions(url: str, num: int, most: int, seed: int) -> list[Question]:
+    """Requests, and what a real worker says to them while nothing disturbs it."""
+    rng, http, questions = random.Random(seed), Upstream(), []
+    for i in range(num):
+        prompt = f"Once upon a time there was a {rng.choice(THINGS)} that"
+        body: dict[str, Any] = {"prompt": prompt, "stream": True, "ignore_eos": True}
+        body["max_tokens"] = rng.randint(most // 2, most)
+        body |= {"temperature": 1, "seed": i} if i % 2 else {"temperature": 0}
+        path = "/v1/completions"
+        _, content = await ask(http, url, path, body)
+        questions.append((path, body, answer_of(content, stream=True)))
+    await http.close()
+    return questions
+
+
+async def ask(http: Upstream, base: str, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    """Status and body of an answer.
+
+    Raises:
+        UpstreamError: it did not come, or not whole.
+    """
+    content = json.dumps(body).encode()
+    response = await http.request(base, "POST", path, [JSON], content, timeout=240)
+    return response.status, await response.read()
+
+
+def answer_of(content: bytes, *, stream: bool) -> str:
+    """The text of an answer."""
+    if stream:
+        return text_of(content)
+    choice = json.loads(content)["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
 
 
 @contextlib.asynccontextmanager
@@ -211,12 +283,28 @@ async def own_router(urls: Sequence[str], log: Path) -> AsyncIterator[tuple[str,
 
 async def chaos(args: argparse.Namespace) -> dict[str, Any]:
     """Run it all; what happened."""
-    fleet = Fleet(args.workers, ["--tpot", str(args.tpot), "--slots", "256"])
+    scripts = ROOT / "scripts"
+    simulated = [sys.executable, str(scripts / "simulated_worker.py")]
+    simulated += ["--tpot", str(args.tpot), "--slots", "256", "--ports"]
+    real = [sys.executable, str(scripts / "serve.py"), *ENGINE_FLAGS, "--port"]
+    fleet = Fleet(args.engines or args.workers, real if args.engines else simulated, Path(args.log))
     clients_memory: list[float] = []
     try:
-        await asyncio.gather(*(fleet.start(port) for port in fleet.ports))
+        if args.engines:
+            # One after the other: compiling is shared then.
+            for port in fleet.ports:
+                await fleet.start(port)
+            known = await real_questions(fleet.urls[0], NUM_QUESTIONS, args.max_tokens, args.seed)
+        else:
+            await asyncio.gather(*(fleet.start(port) for port in fleet.ports))
         async with own_router(fleet.urls, Path(args.log)) as (base, pid):
-            clients = Clients(base, args.streams, args.max_tokens, args.seed)
+
+            def question(rng: random.Random) -> Question:
+                return (
+                    rng.choice(known) if args.engines else simulated_question(rng, args.max_tokens)
+                )
+
+            clients = Clients(base, args.streams, question, args.seed)
 
             async def report() -> None:
                 while True:
@@ -257,6 +345,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--engines", type=int, default=0, help="so many real workers with the demo model instead"
+    )
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two kills")
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--tpot", type=float, default=0.02)
