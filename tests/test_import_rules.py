@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("model", "sharding", "serving", "router")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 NUMERICS = ("jax", "flax", "numpy", "ml_dtypes")
-HTTP = ("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client", "msgspec")
+HTTP = ("starlette", "uvloop", "httptools", "prometheus_client", "msgspec")
 PURE_SERVING = ("serving.scheduler", "serving.request", "serving.config", "router.policies")
 AXIS_NAMES = {"dp", "ep", "tp", "attn_dp", "attn_tp", "moe_ep", "moe_tp"}
 MESH_NAMES = {"PartitionSpec", "NamedSharding", "shard_map"}
@@ -225,6 +225,7 @@ def test_the_mesh_is_noticed_in_a_model(source):
 def without_jax() -> list[str]:
     modules = [
         "router.policies",
+        "router.app",
         "serving.scheduler.scheduler",
         "serving.config",
         "serving.messages",
