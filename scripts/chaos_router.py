@@ -33,6 +33,8 @@ from scripts.router_load import JSON, text_of  # noqa: E402
 from scripts.simulated_worker import answer_ids, word_of  # noqa: E402
 
 REPORT_S = 10.0
+NUM_EXAMPLES = 3
+"""Of each kind of wrong answer."""
 NUM_QUESTIONS = 24
 """Of those whose answers real workers give before they are killed."""
 THINGS = ("kite", "dog", "tree", "king", "boat", "star", "river", "cake")
@@ -111,8 +113,8 @@ class Fleet:
 
         while True:
             await asyncio.sleep(every_s)
-            # One is always left: nobody could answer otherwise.
-            if len(self._running) < 2:
+            # Most are always there: what is tested is not a fleet that is gone.
+            if len(self._running) <= len(self.ports) // 2:
                 continue
             port = rng.choice(sorted(self._running))
             await self.kill(port)
@@ -142,6 +144,7 @@ class Clients:
         self._rng = random.Random(seed)
         self._http = Upstream()
         self._stop = False
+        self._began = time.monotonic()
         self.outcomes: Counter[str] = Counter()
         self.examples: list[str] = []
         self.latency: list[float] = []
@@ -158,8 +161,10 @@ class Clients:
             begin = time.monotonic()
             outcome, example = await self._ask(self._rng)
             self.outcomes[outcome] += 1
-            if example and len(self.examples) < 20:
-                self.examples.append(f"{outcome}: {example}")
+            if example and self.outcomes[outcome] <= NUM_EXAMPLES:
+                self.examples.append(
+                    f"{time.monotonic() - self._began:.0f} s, {outcome}: {example}"
+                )
             self.latency.append(time.monotonic() - begin)
             if example:
                 await asyncio.sleep(0.1)
