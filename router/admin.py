@@ -129,7 +129,8 @@ async def readiness(parts: Parts, request: Request) -> Response:
     if num:
         told = {"status": "ready", "healthy_workers": num, "total_workers": len(workers)}
         return _json(told)
-    reasons = {worker.url: _why_not(worker) for worker in workers}
+    reasons = dict(parts.registration.expected)
+    reasons |= {worker.url: _why_not(worker) for worker in workers}
     reasons |= {job.url: _job_reason(job) for job in parts.registration.jobs}
     return _json(
         {

@@ -163,6 +163,9 @@ class Registration:
 
     Args:
         clock: seconds, that of `Router`.
+
+    Attributes:
+        expected: why workers are not here that somebody else will add, by URL; for readiness.
     """
 
     def __init__(
@@ -183,7 +186,7 @@ class Registration:
         self._clock = clock
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._sources: dict[str, str] = {}
+        self.expected: dict[str, str] = {}
 
     async def start(self) -> None:
         """Begin to add the workers that the flags name, which get the router's key."""
@@ -339,7 +342,6 @@ class Registration:
             self._registry.add(worker)
             self._router.worker_added(worker)
             self._metrics.worker_health(worker.url, True)
-            self._sources[worker.id] = source
         self._count(worker.model_id)
         self._metrics.registration(source, "success")
         logger.info("Worker %s is registered (model %s).", job.url, worker.model_id)
@@ -465,7 +467,6 @@ class Registration:
             self._router.worker_removed(worker)
             self._metrics.worker_removed(worker.url)
             self._count(worker.model_id)
-            self._sources.pop(worker.id, None)
         base_url = workers[0].base_url
         self._upstream.forget(base_url)
         self._metrics.deregistration(source, reason)

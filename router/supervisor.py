@@ -71,6 +71,7 @@ class Supervisor:
     """Runs workers until `stop`.
 
     Args:
+        on_start: told the URL of a worker whose process has begun.
         on_up: told the URL of a worker that answers; again after every restart.
         on_down: told the URL of one that was up and died.
         on_hopeless: called once, when no worker is up and none could start three times in a row.
@@ -83,6 +84,7 @@ class Supervisor:
         workers: Sequence[WorkerProcess],
         *,
         upstream: Upstream,
+        on_start: Callable[[str], None],
         on_up: Callable[[str], Awaitable[None]],
         on_down: Callable[[str], Awaitable[None]],
         on_hopeless: Callable[[], None],
@@ -92,6 +94,7 @@ class Supervisor:
         pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self._upstream = upstream
+        self.on_start = on_start
         self._on_up = on_up
         self._on_down = on_down
         self._on_hopeless = on_hopeless
@@ -144,8 +147,7 @@ class Supervisor:
     async def came_up(self, url: str) -> None:
         """A worker answers."""
         await self._on_up(url)
-        if self.num_up == len(self._workers):
-            logger.info("All %d workers are up.", self.num_up)
+        logger.info("%d of %d workers are up.", self.num_up, len(self._workers))
 
     async def died(self, url: str) -> None:
         """A worker that was up is gone."""
@@ -234,6 +236,7 @@ class _Supervised:
     async def _live(self) -> bool:
         """One life of the worker, to its end; whether it came up."""
         url, command = self._spec.command()
+        self._supervisor.on_start(url)
         self._last_words.clear()
         process = await _spawn(command, self._spec.env)
         self.process = process

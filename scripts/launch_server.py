@@ -106,6 +106,7 @@ class Service:
         self._supervisor = Supervisor(
             workers,
             upstream=self._router.upstream,
+            on_start=self._began,
             on_up=self._came_up,
             on_down=self._died,
             on_hopeless=self._give_up,
@@ -125,12 +126,17 @@ class Service:
         await self._supervisor.stop()
         await self._router.stop()
 
+    def _began(self, url: str) -> None:
+        self._router.registration.expected[url] = "it is starting"
+
     async def _came_up(self, url: str) -> None:
+        self._router.registration.expected.pop(url, None)
         new = NewWorker(url=url, api_key=self._api_key)
         await self._router.registration.add(new, source="launch").done.wait()
 
     async def _died(self, url: str) -> None:
         self._router.registration.remove(url, source="launch", reason="died")
+        self._router.registration.expected[url] = "it died and will be started again"
 
     def _give_up(self) -> None:
         """No worker can start: end as if asked to, but with exit code 1."""

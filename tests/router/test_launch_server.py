@@ -86,6 +86,11 @@ class Launched:
 
         return check
 
+    def reasons(self):
+        """Why it is not ready; None while it does not answer."""
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/readiness").json()["workers"]
+
     def ask(self):
         body = {"model": "x", "prompt": "hello", "max_tokens": 3, "temperature": 0}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=20)
@@ -164,6 +169,8 @@ def test_no_orphan_when_the_launcher_itself_is_killed():
 
 def test_workers_that_cannot_start_say_why_and_the_launch_ends():
     with launched("--dp-size", "2", "--served-model-name", "fails") as server:
+        reasons = server.until(server.reasons)
+        assert set(reasons.values()) == {"it is starting"}
         assert server.process.wait(30) == 1
         server._reader.join(5)
         assert "could not start 3 times in a row (serve.py: error: the weights are missing)" in (
