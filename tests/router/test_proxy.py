@@ -1,6 +1,7 @@
 """A generation request on its way through the router, with simulated workers behind it."""
 
 import asyncio
+import contextlib
 import json
 import re
 
@@ -419,5 +420,50 @@ def test_many_at_once():
             await asyncio.gather(*(one(i) for i in range(200)))
             assert sum(worker.counts.completed for worker in fleet) == 200
             assert [w.in_flight for w in server.registry.list()] == [0, 0, 0]
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_headers_of_one_connection_stay_on_it(stream):
+    kind = b"text/event-stream" if stream else b"application/json"
+    body = b"data: [DONE]\n\n" if stream else b"{}"
+    raw = (
+        b"HTTP/1.1 200 OK\r\nconnection: keep-alive\r\nkeep-alive: timeout=5\r\nte: x\r\n"
+        b"proxy-authenticate: Basic\r\nupgrade: h2c\r\ntrailer: x\r\nx-request-id: theirs\r\n"
+        b"x-other: kept\r\nset-cookie: a=1\r\nset-cookie: b=2\r\ncontent-type: %b\r\n"
+        b"content-length: %d\r\n\r\n%b" % (kind, len(body), body)
+    )
+
+    async def answer(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head)
+                await reader.readexactly(int(length[1]))
+                writer.write(raw)
+
+    async def main():
+        worker = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{worker.sockets[0].getsockname()[1]}"
+        async with routed([url], continues=False) as server:
+            response = await server.client._http.request(
+                server.base,
+                "POST",
+                COMPLETIONS,
+                [(b"content-type", b"application/json"), (b"x-request-id", b"mine")],
+                json.dumps(BODY | {"stream": stream}).encode(),
+            )
+            names = {name for name, _ in response.headers}
+            framing = b"transfer-encoding" if stream else b"content-length"
+            assert names == {
+                framing,
+                *(b"x-request-id", b"x-other", b"set-cookie", b"content-type", b"vary"),
+            }
+            assert response.header(b"x-request-id") == b"mine"
+            cookies = [value for name, value in response.headers if name == b"set-cookie"]
+            assert cookies == [b"a=1", b"b=2"]
+            assert await response.read() == body
+        worker.close()
 
     run(main)
