@@ -1,8 +1,9 @@
 """A circuit breaker: takes a worker out of service that fails again and again.
 
 Closed, it lets everything through. After so many failures in a row it opens and lets nothing
-through; after a while it is half open and lets one request at a time through, to see. Only the
-worker's own faults are failures: the caller decides what those are.
+through; after a while it is half open and lets a few requests through, to see. What began before
+the last change says nothing about the worker of now. Only the worker's own faults are failures: the
+caller decides what those are.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class CircuitBreaker:
         self._on_transition = on_transition
         self._state: State = "closed"
         self._since = clock()
-        self._probes = 0
+        self._era = 0
+        self._running = 0
         self.consecutive_failures = 0
         self.consecutive_successes = 0
 
@@ -58,15 +60,18 @@ class CircuitBreaker:
         """Whether a request may go through now."""
         if self._state == "closed":
             return True
-        return self.state == "half_open" and self._probes < PROBES
+        return self.state == "half_open" and self._running < PROBES
 
-    def begin(self) -> None:
-        """A request goes through; `end` must follow."""
-        self._probes += 1
+    def begin(self) -> int:
+        """A request goes through; `end` must follow, with what is returned."""
+        self._running += 1
+        return self._era
 
-    def end(self, success: bool | None) -> None:
-        """It is over; None says nothing about the worker."""
-        self._probes -= 1
+    def end(self, era: int, success: bool | None) -> None:
+        """It is over; a success of None says nothing about the worker."""
+        if era != self._era:
+            return  # It is counted neither as a probe nor as an outcome any more.
+        self._running -= 1
         if success is None:
             return
         if success:
@@ -96,5 +101,7 @@ class CircuitBreaker:
     def _change(self, state: State) -> None:
         before, self._state = self._state, state
         self._since = self._clock()
+        self._era += 1
+        self._running = 0
         self.consecutive_failures = self.consecutive_successes = 0
         self._on_transition(before, state)

@@ -161,6 +161,8 @@ class Limiter:
         """Look again when the next start is allowed: no request's end may tell."""
         if self._per_second is None or not self._waiting or self._timer is not None:
             return
+        if self._max_running is not None and self.num_running >= self._max_running:
+            return  # a release will look
         seconds = max(0.0, (1 - self._tokens) / self._per_second)
         self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
 

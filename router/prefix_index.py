@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from router.request import block_end
+from router.request import BLOCK_CHARS, BLOCKS_OF_FIRST_SIZE, LONG_BLOCK_CHARS
 
 
 class _Shadow:
@@ -72,9 +72,9 @@ class PrefixIndex:
             workers: set of bits, those to look at.
         """
         depths: dict[int, int] = {}
-        alive = workers
+        alive, get = workers, self._holders.get
         for index, block in enumerate(blocks):
-            holders = self._holders.get(block, 0) & alive
+            holders = get(block, 0) & alive
             if holders != alive:
                 if index:
                     _note(depths, alive & ~holders, index)
@@ -88,19 +88,32 @@ class PrefixIndex:
     def insert(self, worker: int, blocks: Sequence[int], now: float) -> None:
         """The worker computes a prompt of these blocks and keeps it."""
         shadow = self._shadows[worker]
-        mine, bit = shadow.blocks, 1 << worker
+        mine, holders, bit = shadow.blocks, self._holders, 1 << worker
+        # One pair for all blocks of a size: there may be millions.
+        short, long = (BLOCK_CHARS, now), (LONG_BLOCK_CHARS, now)
         # From the end, so that a beginning is always younger than what goes on from it.
         for index in range(len(blocks) - 1, -1, -1):
             block = blocks[index]
-            size = block_end(index) - (block_end(index - 1) if index else 0)
+            note = short if index < BLOCKS_OF_FIRST_SIZE else long
             if block in mine:
-                mine[block] = (size, now)
+                mine[block] = note
                 mine.move_to_end(block)
             else:
-                mine[block] = (size, now)
-                shadow.chars += size
-                self._holders[block] = self._holders.get(block, 0) | bit
-        self._fit(worker, shadow)
+                mine[block] = note
+                shadow.chars += note[0]
+                holders[block] = holders.get(block, 0) | bit
+                while shadow.chars > shadow.limit and shadow.blocks:
+                    # Room is made at once, so that the bound holds for the longest prompt too. What
+                    # goes first are the oldest prefixes, and then the end of this one.
+                    self._pop(worker, shadow)
+
+    def forget(self, worker: int, blocks: Sequence[int]) -> None:
+        """The worker did not compute the end of a prompt after all."""
+        shadow = self._shadows[worker]
+        for block in blocks:
+            note = shadow.blocks.pop(block, None)
+            if note is not None:
+                self._release(worker, shadow, block, note[0])
 
     def forget_oldest(self, worker: int, chars: int) -> None:
         """The cache holds less than was thought."""
@@ -121,6 +134,9 @@ class PrefixIndex:
 
     def _pop(self, worker: int, shadow: _Shadow) -> None:
         block, (size, _) = shadow.blocks.popitem(last=False)
+        self._release(worker, shadow, block, size)
+
+    def _release(self, worker: int, shadow: _Shadow, block: int, size: int) -> None:
         shadow.chars -= size
         left = self._holders[block] & ~(1 << worker)
         if left:

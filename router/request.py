@@ -79,7 +79,7 @@ class RoutedRequest:
         model: "unknown" (or "default") where the body names none.
         stream: the answer is a stream.
         blocks: the routing key, see the module.
-        num_chars: length of the whole key.
+        num_chars: length of the whole key, and of the other prompts if there are several.
         routing_key: who is to get the same worker again, by the client's header.
         target: index of the worker that the client's header names.
         implicit_key: what tells clients apart that give no key.
@@ -138,7 +138,11 @@ class RoutedRequest:
         if isinstance(key, str):
             blocks, num_chars = text_blocks(key, seed), len(key)
         else:
-            blocks, num_chars = id_blocks(key, seed), len(key) * CHARS_PER_ID
+            try:
+                blocks, num_chars = id_blocks(key, seed), len(key) * CHARS_PER_ID
+            except TypeError:  # no ids: there are lists or objects among them
+                blocks, num_chars = (), 0
+        num_chars += _other_prompts(fields)
         request = cls(
             path=path,
             body=body,
@@ -233,10 +237,24 @@ def _prompt(prompt: Any) -> str | list[Any]:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(item, int) for item in prompt[:4]):
-            return prompt if all(isinstance(item, int) for item in prompt) else ""
+        if isinstance(prompt[0], int):
+            return prompt
         return _prompt(prompt[0])
     return ""
+
+
+def _other_prompts(body: _Body) -> int:
+    """Characters of all prompts but the first: they are not matched, and must be computed."""
+    if body.messages is not None:
+        return 0
+    prompts = next((p for p in (body.prompt, body.text, body.input_ids) if p is not None), None)
+    if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):
+        return 0
+    return sum(
+        len(prompt) * (1 if isinstance(prompt, str) else CHARS_PER_ID)
+        for prompt in prompts[1:]
+        if isinstance(prompt, str | list)
+    )
 
 
 def _conversation(messages: Any) -> str:
@@ -265,7 +283,8 @@ def _part(part: Any) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         text: str = part["text"]
         return text
-    return _text(part)
+    # An image of a megabyte is not a megabyte of text.
+    return f"\x04{hash(_text(part)):x}"
 
 
 def _text(value: Any) -> str:

@@ -10,21 +10,29 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from router.config import RouterConfig
-from router.policies import Offer, cheapest
+from router.policies import expected_cost, least
 from router.prefix_index import PrefixIndex
 from router.request import BLOCK_CHARS, RoutedRequest, block_end
-from router.workers import Worker, WorkerRegistry
+from router.workers import UNKNOWN_MODEL, Worker, WorkerRegistry
 
 FIRST_CHARS_PER_TOKEN = 4.0
 SMOOTHING = 0.05
 """Weight of one answer in the running estimate of characters per token."""
+DRIFT = 0.02
+"""Share by which that estimate may move before the sizes that rest on it are made anew."""
+LEARNED_FROM = frozenset({"chat", "completions", "generate"})
+"""Endpoints whose routing key is all that the worker counts as prompt."""
+LOST_CHARS = 2048
+SURPRISES = 2
+"""A worker that has nothing cached of a prefix of LOST_CHARS which nobody was computing, and whose
+cache was not full, so many times in a row, was restarted or flushed behind the router's back."""
 FULL_SLOTS_TOKENS = 1000
 """What it costs to wait for one of a worker's slots, in prompt tokens."""
 PREFIX_HASH_CHARS = 1024
@@ -33,6 +41,8 @@ PREFIX_HASH_OVERLOAD = 1.25
 RING_POINTS = 64
 """Points of each worker on the hash ring."""
 MAX_ROUTING_KEYS = 1 << 20
+MAX_KEY_CHARS = 128
+"""Of a routing key as it is remembered; of a longer one, its digest is."""
 FRESH_S = 5.0
 """A reported load that is older says nothing about now."""
 
@@ -48,6 +58,9 @@ class Outcome(Enum):
     """The client's fault, or the client left."""
 
 
+_SUCCESS = {Outcome.OK: True, Outcome.FAILED: False, Outcome.BUSY: None, Outcome.NEUTRAL: None}
+
+
 class RoutingMetrics(Protocol):
     """What is told while routing; see `router.metrics`."""
 
@@ -57,14 +70,18 @@ class RoutingMetrics(Protocol):
 
     def expected(self, worker: str, hit_tokens: int, prompt_tokens: int) -> None: ...
 
+    def rebalanced(self) -> None: ...
+
     def breaker_outcome(self, worker: str, outcome: str) -> None: ...
 
 
 class Choice(NamedTuple):
-    """A worker, and how many characters of the request's key it is thought to have cached."""
+    """A worker, how many blocks of the request it is thought to have cached, and how many whoever
+    has most of them."""
 
     worker: Worker
-    matched: int = 0
+    depth: int = 0
+    deepest: int = 0
 
 
 class Policy(Protocol):
@@ -77,23 +94,43 @@ class Policy(Protocol):
 class Ticket:
     """The account of one attempt. `end` must be called, and may be called again."""
 
-    __slots__ = ("_backlog", "_matched", "_open", "_request", "_router", "worker")
+    __slots__ = (
+        "_alone",
+        "_backlog",
+        "_computed",
+        "_depth",
+        "_era",
+        "_open",
+        "_request",
+        "_router",
+        "worker",
+    )
 
     def __init__(self, router: Router, request: RoutedRequest, choice: Choice) -> None:
-        self.worker = choice.worker
+        worker = self.worker = choice.worker
         self._router = router
         self._request = request
-        self._matched = choice.matched
-        self._backlog = router.tokens(request.num_chars - choice.matched)
+        self._depth = choice.depth
+        self._backlog = router.tokens(request.num_chars - _chars(choice.depth), worker.model_id)
+        # Then all that is thought to be cached there must be: nobody is still computing it.
+        self._alone = worker.backlog_tokens < 1
+        self._computed = False
         self._open = True
-        self.worker.in_flight += 1
-        self.worker.backlog_tokens += self._backlog
-        self.worker.breaker.begin()
+        worker.in_flight += 1
+        worker.backlog_tokens += self._backlog
+        self._era = worker.breaker.begin()
 
     def first_token(self) -> None:
         """The prompt is computed."""
-        self.worker.backlog_tokens -= self._backlog
+        self._computed = True
+        self._close_backlog()
+
+    def _close_backlog(self) -> None:
+        worker = self.worker
+        worker.backlog_tokens -= self._backlog
         self._backlog = 0.0
+        if worker.backlog_tokens < 1e-6:  # what rounding left
+            worker.backlog_tokens = 0.0
 
     def usage(
         self,
@@ -102,17 +139,25 @@ class Ticket:
         completion_tokens: int | None = None,
     ) -> None:
         """What the worker said the prompt was and had of it."""
-        self._router._learn(self.worker, self._request, self._matched, prompt_tokens, cached_tokens)
+        self._computed = True
+        self._router._learn_size(self.worker, self._request, prompt_tokens)
+        if cached_tokens is not None:
+            self._router.metrics.cache(self.worker.url, cached_tokens, prompt_tokens)
+            self._router._learn_cached(
+                self.worker, self._request, self._depth, cached_tokens, alone=self._alone
+            )
 
     def end(self, outcome: Outcome) -> None:
         """The attempt is over; only the first call counts."""
         if not self._open:
             return
         self._open = False
-        self.first_token()
+        self._close_backlog()
         self.worker.in_flight -= 1
-        success = {Outcome.OK: True, Outcome.FAILED: False}.get(outcome)
-        self.worker.breaker.end(success)
+        if not self._computed and outcome is not Outcome.OK:
+            self._router._not_computed(self.worker, self._request, self._depth)
+        success = _SUCCESS[outcome]
+        self.worker.breaker.end(self._era, success)
         if success is not None:
             self._router.metrics.breaker_outcome(
                 self.worker.url, "success" if success else "failure"
@@ -141,10 +186,10 @@ class Router:
         self._registry = registry
         self._clock = clock
         self._remembers = config.policy == "cache_aware"
-        self._chars_per_token = FIRST_CHARS_PER_TOKEN
+        self._ratios: dict[str, _Ratio] = {}
         self._free_bits: list[int] = []
         self._num_bits = 0
-        self._policy = _make_policy(config, self.index, self.tokens, registry, clock, rng)
+        self._policy = _make_policy(config, self.index, self.chars_per_token, registry, clock, rng)
 
     def begin(self, request: RoutedRequest, exclude: Collection[Worker] = ()) -> Ticket | None:
         """Give a request to a worker; None if there is none that may have it."""
@@ -159,17 +204,25 @@ class Router:
         ticket = Ticket(self, request, choice)
         self.metrics.selection(worker.url, self._config.policy, worker.model_id)
         if self._remembers:
+            per_token = self.chars_per_token(worker.model_id)
             self.metrics.expected(
                 worker.url,
-                round(self.tokens(choice.matched)),
-                round(self.tokens(request.num_chars)),
+                round(_chars(choice.depth) / per_token),
+                round(request.num_chars / per_token),
             )
+            if choice.depth < choice.deepest:
+                self.metrics.rebalanced()
             self.index.insert(worker.bit, request.blocks, self._clock())
         return ticket
 
-    def tokens(self, num_chars: float) -> float:
-        """Estimated tokens of so many characters."""
-        return num_chars / self._chars_per_token
+    def tokens(self, num_chars: float, model: str = UNKNOWN_MODEL) -> float:
+        """Estimated tokens of so many characters, for the workers of a model."""
+        return num_chars / self.chars_per_token(model)
+
+    def chars_per_token(self, model: str) -> float:
+        """By what the workers of a model have counted lately."""
+        ratio = self._ratios.get(model)
+        return FIRST_CHARS_PER_TOKEN if ratio is None else ratio.value
 
     def worker_added(self, worker: Worker) -> None:
         """A worker has joined the registry, with an empty cache."""
@@ -185,9 +238,12 @@ class Router:
         self.index.remove(worker.bit)
         self._free_bits.append(worker.bit)
         worker.bit = -1
+        if all(other.model_id != worker.model_id for other in self._registry.list()):
+            self._ratios.pop(worker.model_id, None)
 
     def flushed(self, worker: Worker) -> None:
         """A worker has lost its cache: it was flushed, or began anew."""
+        worker.surprises = 0
         if worker.bit >= 0:
             self.index.clear(worker.bit)
 
@@ -205,37 +261,62 @@ class Router:
         most = self._config.max_tree_size
         if worker.capacity_tokens is None:
             return most
-        return min(most, int(worker.capacity_tokens * self._chars_per_token))
+        return min(most, int(worker.capacity_tokens * self.chars_per_token(worker.model_id)))
 
-    def _learn(
+    def _learn_size(self, worker: Worker, request: RoutedRequest, prompt_tokens: int) -> None:
+        """Correct the estimate of characters per token by an answer."""
+        short = request.num_chars < 4 * BLOCK_CHARS
+        if short or prompt_tokens <= 0 or request.endpoint not in LEARNED_FROM:
+            return
+        ratio = self._ratios.setdefault(worker.model_id, _Ratio())
+        now = min(max(request.num_chars / prompt_tokens, 0.5), 16.0)
+        ratio.value += SMOOTHING * (now - ratio.value)
+        if abs(ratio.value / ratio.applied - 1) > DRIFT:
+            ratio.applied = ratio.value
+            for other in self._registry.list():
+                if other.model_id == worker.model_id:
+                    self.capacity_changed(other)
+
+    def _learn_cached(
         self,
         worker: Worker,
         request: RoutedRequest,
-        matched: int,
-        prompt_tokens: int,
-        cached_tokens: int | None,
+        depth: int,
+        cached_tokens: int,
+        *,
+        alone: bool,
     ) -> None:
-        """Correct the estimates by an answer."""
-        if prompt_tokens <= 0:
-            return
-        if request.num_chars >= 4 * BLOCK_CHARS:
-            ratio = min(max(request.num_chars / prompt_tokens, 0.5), 16.0)
-            before = self._chars_per_token
-            self._chars_per_token += SMOOTHING * (ratio - before)
-            if abs(self._chars_per_token / before - 1) > 1e-3:
-                for other in self._registry.list():
-                    self.capacity_changed(other)
-        if cached_tokens is None:
-            return
-        self.metrics.cache(worker.url, cached_tokens, prompt_tokens)
+        """Correct a worker's shadow by what it had cached of `depth` blocks that it should have."""
         if not self._remembers or worker.bit < 0:
             return
-        missing = matched - round(cached_tokens * self._chars_per_token)
+        matched = _chars(depth)
+        missing = matched - round(cached_tokens * self.chars_per_token(worker.model_id))
         # A prefix that is being computed by another request counts as cached here and not there:
         # only a cache that may be full has lost something.
-        full = self.index.chars(worker.bit) > self._limit(worker) / 2
-        if missing > max(2 * BLOCK_CHARS, matched // 8) and full:
-            self.index.forget_oldest(worker.bit, missing)
+        if self.index.chars(worker.bit) > self._limit(worker) / 2:
+            if missing > max(2 * BLOCK_CHARS, matched // 8):
+                self.index.forget_oldest(worker.bit, missing)
+        elif cached_tokens > 0:
+            worker.surprises = 0
+        elif alone and matched >= LOST_CHARS:
+            worker.surprises += 1
+            if worker.surprises >= SURPRISES:
+                self.flushed(worker)
+                self.index.insert(worker.bit, request.blocks, self._clock())
+
+    def _not_computed(self, worker: Worker, request: RoutedRequest, depth: int) -> None:
+        """A worker refused a prompt, or failed or was told to stop before it was through with it."""
+        if self._remembers and worker.bit >= 0:
+            self.index.forget(worker.bit, request.blocks[depth:])
+
+
+class _Ratio:
+    """Characters per token of one model's prompts: now, and as the shadows' limits have it."""
+
+    __slots__ = ("applied", "value")
+
+    def __init__(self) -> None:
+        self.value = self.applied = FIRST_CHARS_PER_TOKEN
 
 
 # ---- policies ----------------------------------------------------------------------------------
@@ -244,14 +325,14 @@ class Router:
 def _make_policy(
     config: RouterConfig,
     index: PrefixIndex,
-    tokens: Callable[[float], float],
+    chars_per_token: Callable[[str], float],
     registry: WorkerRegistry,
     clock: Callable[[], float],
     rng: random.Random,
 ) -> Policy:
     match config.policy:
         case "cache_aware" if config.cache_aware_mode == "cost":
-            return CheapestWorker(index, tokens)
+            return CheapestWorker(index, chars_per_token)
         case "cache_aware":
             return CacheThresholds(config, index)
         case "round_robin":
@@ -261,7 +342,7 @@ def _make_policy(
         case "power_of_two":
             return PowerOfTwo(rng, clock)
         case "prefix_hash":
-            return PrefixHash(rng)
+            return PrefixHash(registry, rng)
         case "consistent_hashing":
             return ConsistentHashing(registry, rng)
         case "manual":
@@ -282,33 +363,32 @@ def _chars(num_blocks: int) -> int:
 
 
 class CheapestWorker:
-    """By expected cost: what the worker must compute, and what is to be computed there first."""
+    """By expected cost: what the worker must compute, and what is to be computed there first.
 
-    def __init__(self, index: PrefixIndex, tokens: Callable[[float], float]) -> None:
-        self._index, self._tokens = index, tokens
+    Equals take the one with the least cached, so that prefixes spread over an idle fleet.
+    """
+
+    def __init__(self, index: PrefixIndex, chars_per_token: Callable[[str], float]) -> None:
+        self._index, self._chars_per_token = index, chars_per_token
         self._turn = 0
 
     def choose(self, candidates: Sequence[Worker], request: RoutedRequest) -> Choice:
         depths = self._index.match(request.blocks, _mask(candidates))
-        matched = [_chars(depths.get(worker.bit, 0)) for worker in candidates]
-        offers = [
-            self._offer(worker, request.num_chars - have)
-            for worker, have in zip(candidates, matched, strict=True)
-        ]
-        at = cheapest(offers, self._turn)
+        per_token = {w.model_id: 1.0 for w in candidates}
+        for model in per_token:
+            per_token[model] = self._chars_per_token(model)
+        keys = []
+        for worker in candidates:
+            depth = depths.get(worker.bit)
+            missing = request.num_chars - (_chars(depth) if depth else 0)
+            running, wait = worker.in_flight, worker.backlog_tokens
+            if worker.max_running is not None and running >= worker.max_running:
+                wait += FULL_SLOTS_TOKENS * (running + 1 - worker.max_running)
+            cost = expected_cost(missing / per_token[worker.model_id], wait, running)
+            keys.append((cost, self._index.chars(worker.bit)))
+        worker = candidates[least(keys, self._turn)]
         self._turn += 1
-        return Choice(candidates[at], matched[at])
-
-    def _offer(self, worker: Worker, missing: int) -> Offer:
-        wait = worker.backlog_tokens
-        if worker.max_running is not None and worker.in_flight >= worker.max_running:
-            wait += FULL_SLOTS_TOKENS * (worker.in_flight + 1 - worker.max_running)
-        return Offer(
-            miss=round(self._tokens(missing)),
-            wait=round(wait),
-            requests=worker.in_flight,
-            tokens=self._index.chars(worker.bit),
-        )
+        return Choice(worker, depths.get(worker.bit, 0), max(depths.values(), default=0))
 
 
 class CacheThresholds:
@@ -333,15 +413,13 @@ class CacheThresholds:
         pool = candidates
         if not uneven and rate > config.cache_threshold:
             pool = [worker for worker in candidates if depths.get(worker.bit, 0) == longest]
-        worker = _least_loaded(pool, self._turn)
+        worker = _fewest_in_flight(pool, self._turn)
         self._turn += 1
-        return Choice(worker, _chars(depths.get(worker.bit, 0)))
+        return Choice(worker, depths.get(worker.bit, 0), longest)
 
 
-def _least_loaded(workers: Sequence[Worker], turn: int) -> Worker:
-    least = min(worker.in_flight for worker in workers)
-    tied = [worker for worker in workers if worker.in_flight == least]
-    return tied[turn % len(tied)]
+def _fewest_in_flight(workers: Sequence[Worker], turn: int) -> Worker:
+    return workers[least([(worker.in_flight, 0) for worker in workers], turn)]
 
 
 class RoundRobin:
@@ -401,10 +479,11 @@ class _Ring:
         )
         return cls([point for point, _ in marks], [workers[n] for _, n in marks])
 
-    def walk(self, point: int) -> list[Worker]:
-        """The workers in their order from a point on, each once."""
+    def walk(self, point: int) -> Iterator[Worker]:
+        """The workers in their order from a point on; the same one may come again."""
         at = bisect_left(self.points, point)
-        return list(dict.fromkeys(self.workers[at:] + self.workers[:at]))
+        for index in range(at, at + len(self.workers)):
+            yield self.workers[index % len(self.workers)]
 
 
 def _point(text: str) -> int:
@@ -412,15 +491,17 @@ def _point(text: str) -> int:
 
 
 class _Rings:
-    """The ring of the workers asked about last."""
+    """The ring of all registered workers, available or not: it costs something to make."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: WorkerRegistry) -> None:
+        self._registry = registry
         self._workers: tuple[Worker, ...] = ()
         self._ring = _Ring([], [])
 
-    def of(self, workers: Sequence[Worker]) -> _Ring:
-        if self._workers != tuple(workers):
-            self._workers = tuple(workers)
+    def now(self) -> _Ring:
+        workers = self._registry.list()
+        if self._workers is not workers:
+            self._workers = workers
             self._ring = _Ring.of(workers)
         return self._ring
 
@@ -428,19 +509,17 @@ class _Rings:
 class PrefixHash:
     """By the beginning of the prompt on a hash ring; an overloaded worker gives way to the next."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rings, self._rng = _Rings(), rng
+    def __init__(self, registry: WorkerRegistry, rng: random.Random) -> None:
+        self._rings, self._rng = _Rings(registry), rng
 
     def choose(self, candidates: Sequence[Worker], request: RoutedRequest) -> Choice:
         if not request.blocks:
             return Choice(self._rng.choice(candidates))
         block = request.blocks[min(len(request.blocks), PREFIX_HASH_CHARS // BLOCK_CHARS) - 1]
         mean = (1 + sum(worker.in_flight for worker in candidates)) / len(candidates)
-        order = self._rings.of(candidates).walk(block % (1 << 64))
-        for worker in order:
-            if worker.in_flight <= PREFIX_HASH_OVERLOAD * mean:
-                return Choice(worker)
-        return Choice(order[0])
+        # Somebody is never above the mean.
+        light = {w for w in candidates if w.in_flight <= PREFIX_HASH_OVERLOAD * mean}
+        return Choice(next(w for w in self._rings.now().walk(block % (1 << 64)) if w in light))
 
 
 class ConsistentHashing:
@@ -452,7 +531,7 @@ class ConsistentHashing:
 
     def __init__(self, registry: WorkerRegistry, rng: random.Random) -> None:
         self._registry, self._rng = registry, rng
-        self._rings = _Rings()
+        self._rings = _Rings(registry)
 
     def choose(self, candidates: Sequence[Worker], request: RoutedRequest) -> Choice | None:
         workers = self._registry.list()
@@ -464,10 +543,8 @@ class ConsistentHashing:
         key = request.routing_key or request.implicit_key
         if key is None:
             return Choice(self._rng.choice(candidates))
-        for worker in self._rings.of(workers).walk(_point(key)):
-            if worker in candidates:
-                return Choice(worker)
-        return None
+        there = set(candidates)
+        return Choice(next(w for w in self._rings.now().walk(_point(key)) if w in there))
 
 
 class StickyKeys:
@@ -489,6 +566,8 @@ class StickyKeys:
 
     def choose(self, candidates: Sequence[Worker], request: RoutedRequest) -> Choice:
         now, key = self._clock(), request.routing_key
+        if key is not None and len(key) > MAX_KEY_CHARS:
+            key = blake2b(key.encode()).hexdigest()
         self._expire(now)
         if key is None:
             return Choice(self._rng.choice(candidates))
@@ -509,11 +588,11 @@ class StickyKeys:
     def _assign(self, candidates: Sequence[Worker]) -> Worker:
         match self._mode:
             case "min_load":
-                least = min(worker.in_flight for worker in candidates)
-                candidates = [w for w in candidates if w.in_flight == least]
+                fewest = min(worker.in_flight for worker in candidates)
+                candidates = [w for w in candidates if w.in_flight == fewest]
             case "min_group":
-                least = min(self._num_keys.get(worker.url, 0) for worker in candidates)
-                candidates = [w for w in candidates if self._num_keys.get(w.url, 0) == least]
+                fewest = min(self._num_keys.get(worker.url, 0) for worker in candidates)
+                candidates = [w for w in candidates if self._num_keys.get(w.url, 0) == fewest]
         return self._rng.choice(candidates)
 
     def _expire(self, now: float) -> None:

@@ -43,6 +43,7 @@ class Worker:
         backlog_tokens: estimated prompt tokens of those that have no first token yet. Likewise.
         reported: its own word on its load. Set by the monitor.
         bit: its place in the prefix index. Set by `Router`.
+        surprises: answers in a row that had nothing cached of what must have been. Likewise.
     """
 
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -69,6 +70,7 @@ class Worker:
     backlog_tokens: float = 0.0
     reported: ReportedLoad | None = None
     bit: int = -1
+    surprises: int = 0
 
     @property
     def available(self) -> bool:

@@ -286,8 +286,7 @@ def circuit(clock, **changes):
 
 def record(breaker, *outcomes):
     for outcome in outcomes:
-        breaker.begin()
-        breaker.end(outcome)
+        breaker.end(breaker.begin(), outcome)
 
 
 def test_a_circuit_opens_and_closes():
@@ -323,9 +322,9 @@ def test_a_half_open_circuit_lets_few_through():
     clock.now = 10.0
     for _ in range(PROBES):
         assert breaker.allows
-        breaker.begin()
+        era = breaker.begin()
     assert not breaker.allows
-    breaker.end(None)
+    breaker.end(era, None)
     assert breaker.allows
 
 

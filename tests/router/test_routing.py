@@ -229,8 +229,7 @@ def test_excluded_unhealthy_draining_and_open_workers_get_nothing():
     a.health.healthy = False
     b.draining = True
     for _ in range(2):
-        c.breaker.begin()
-        c.breaker.end(False)
+        c.breaker.end(c.breaker.begin(), False)
     for _ in range(8):
         assert fleet.serve(prompt(1)) is d
     assert fleet.begin(exclude=[d]) is None
