@@ -12,7 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from router.config import DURATION_BUCKETS
@@ -52,6 +59,8 @@ class RouterMetrics:
         self._make_workers()
         self._make_cache()
         self.registry.register(_Computed(self))
+        # Memory, processor time and open files of this process.
+        ProcessCollector(registry=self.registry)
 
     def page(self) -> bytes:
         """All metrics in Prometheus' text form."""

@@ -150,6 +150,8 @@ class Monitor:
         self._metrics.worker_health(worker.url, healthy)
         if healthy:
             logger.info("Worker %s is healthy again.", worker.url)
+            # What failed was the server that went away.
+            worker.breaker.reset()
             return
         logger.warning("Worker %s is unhealthy.", worker.url)
         self._router.flushed(worker)

@@ -716,18 +716,29 @@ def test_a_worker_that_was_away_is_asked_anew_and_its_cache_counts_as_lost():
     async def main():
         async with (
             workers(1) as (a,),
-            service(a.url, policy="cache_aware", health_failure_threshold=1) as (router, client),
+            service(
+                a.url,
+                policy="cache_aware",
+                health_failure_threshold=1,
+                cb_failure_threshold=1,
+                disable_retries=True,
+            ) as (router, client),
         ):
             worker = router.registry.list()[0]
             assert worker.capacity_tokens == 40_000
             await client.post(COMPLETIONS, {"model": "x", "prompt": "x" * 2000, "max_tokens": 1})
             assert router.router.index.num_blocks(worker.bit)
+            a.faults.status = 500
+            await client.post(COMPLETIONS, {"model": "x", "prompt": "x", "max_tokens": 1})
+            assert worker.breaker.state == "open"
             await a.kill()
             await until(lambda: not worker.health.healthy)
             assert router.router.index.num_blocks(worker.bit) == 0
             a.settings.cache_tokens = 10_000
             await a.start()
             await until(lambda: worker.health.healthy and worker.capacity_tokens == 10_000)
+            # Its circuit was that of the server that went away.
+            assert worker.breaker.state == "closed"
 
     run(main)
 
@@ -777,5 +788,7 @@ def test_requests_in_flight_are_in_the_metrics_under_every_policy():
             assert f'smg_worker_health{{worker="{a.url}"}} -1.0' in page
             assert f'smg_worker_cb_state{{worker="{a.url}"}} -1.0' in page
             assert "smg_discovery_registrations_total" in page
+            resident = re.search(r"process_resident_memory_bytes (\S+)", page)
+            assert float(resident[1]) > 1e6
 
     run(main)
