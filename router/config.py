@@ -31,6 +31,29 @@ DURATION_BUCKETS = (
 )
 
 
+NOT_SERVED = (
+    (
+        "pd-disaggregation|prefill|decode|(prefill|decode)-(policy|selector)|mini-lb"
+        "|bucket-adjust-interval-secs",
+        "each worker does prefill and decode, and the router gives it whole requests",
+    ),
+    (
+        "backend|history-backend|(oracle|postgres|redis|mcp)-.*",
+        "the router keeps no conversations and calls no tools; /v1/responses goes to the workers",
+    ),
+    (
+        "reasoning-parser|tool-call-parser|chat-template|tokenizer-cache-.*",
+        "templates and parsers belong to the workers, answers pass unchanged",
+    ),
+    ("enable-trace|otlp-.*", "there is no tracing; requests carry their id and traceparent on"),
+    (
+        "control-plane-.*|jwt-.*",
+        "there are no roles; --api-key protects the admin routes as it does the others",
+    ),
+)
+"""Flags of SGLang's router that this one has not, as regular expressions, and why."""
+
+
 class ConfigError(ValueError):
     """A flag, or a combination of flags, cannot be served; the message is one sentence."""
 
@@ -267,6 +290,10 @@ class Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: --(router-)?([a-z-]+)", message)
+        for names, why in NOT_SERVED:
+            if unknown and re.fullmatch(names, unknown[2]):
+                raise ConfigError(f"--{unknown[1] or ''}{unknown[2]} is not served: {why}.")
         raise ConfigError(message.removesuffix(".") + ".")
 
 

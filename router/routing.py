@@ -101,6 +101,7 @@ class Ticket:
         "_depth",
         "_era",
         "_open",
+        "_proved",
         "_request",
         "_router",
         "worker",
@@ -115,6 +116,7 @@ class Ticket:
         # Then all that is thought to be cached there must be: nobody is still computing it.
         self._alone = worker.backlog_tokens < 1
         self._computed = False
+        self._proved = False
         self._open = True
         worker.in_flight += 1
         worker.backlog_tokens += self._backlog
@@ -123,6 +125,7 @@ class Ticket:
     def first_token(self) -> None:
         """The prompt is computed."""
         self._computed = True
+        self._proved = self._proved or self.worker.breaker.prove(self._era)
         self._close_backlog()
 
     def _close_backlog(self) -> None:
@@ -157,7 +160,7 @@ class Ticket:
         if not self._computed and outcome is not Outcome.OK:
             self._router._not_computed(self.worker, self._request, self._depth)
         success = _SUCCESS[outcome]
-        self.worker.breaker.end(self._era, success)
+        self.worker.breaker.end(self._era, success, proved=self._proved)
         if success is not None:
             self._router.metrics.breaker_outcome(
                 self.worker.url, "success" if success else "failure"
@@ -305,7 +308,7 @@ class Router:
                 self.index.insert(worker.bit, request.blocks, self._clock())
 
     def _not_computed(self, worker: Worker, request: RoutedRequest, depth: int) -> None:
-        """A worker refused a prompt, or failed or was told to stop before it was through with it."""
+        """A worker refused a prompt, or failed or was stopped before it was through."""
         if self._remembers and worker.bit >= 0:
             self.index.forget(worker.bit, request.blocks[depth:])
 

@@ -56,7 +56,12 @@ def test_flags_as_the_guide_gives_them():
     ("flags", "text"),
     [
         ("--policy best", "invalid choice: 'best'"),
-        ("--pd-disaggregation", "unrecognized arguments: --pd-disaggregation"),
+        (
+            "--pd-disaggregation",
+            "--pd-disaggregation is not served: each worker does prefill and decode",
+        ),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--redis-url x", "--redis-url is not served: the router keeps no conversations"),
         ("--cache-threshold 2", "--cache-threshold must be between 0 and 1, got 2.0"),
         ("--max-concurrent-requests 0", "--max-concurrent-requests must be at least 1, or -1"),
         ("--worker-urls http://a/b/c", "'http://a/b/c' is no http://HOST:PORT"),
@@ -132,6 +137,25 @@ def test_token_ids_match_by_ids_not_by_length():
     assert one.num_chars == 4000
     several = parse("/v1/completions", prompt=[ids, ids[::-1]])
     assert several.blocks == one.blocks
+
+
+def test_several_prompts_count_in_full():
+    """What all of them cost, and what `usage.prompt_tokens` is about."""
+    assert parse("/v1/completions", prompt=[LONG, LONG, "y" * 50]).num_chars == 2050
+    assert parse("/generate", text=[LONG] * 3).num_chars == 3000
+    assert parse("/generate", input_ids=[[1] * 100, [2] * 50]).num_chars == 600
+    assert parse("/v1/completions", prompt=[5, [1], {}]).blocks == ()
+
+
+def test_an_image_is_not_its_bytes():
+    def chat(data):
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + data}}
+        return parse(messages=[message("user", [image, {"type": "text", "text": LONG}])])
+
+    one = chat("A" * 500_000)
+    assert one.num_chars < 1100
+    assert shared(one, chat("A" * 500_000)) == len(one.blocks)
+    assert shared(one, chat("B" * 500_000)) == 0
 
 
 @pytest.mark.parametrize(
@@ -264,6 +288,30 @@ def test_the_end_of_a_prefix_goes_before_its_beginning():
     assert index.size == 0
 
 
+def test_a_prompt_longer_than_a_cache_keeps_its_beginning():
+    index = PrefixIndex()
+    index.add(0, 64 * 300)
+    index.insert(0, [-1, -2], 0.0)
+    blocks = list(range(1000))
+    index.insert(0, blocks, 1.0)
+    assert index.chars(0) <= 64 * 300
+    assert index.match(blocks, 1)[0] >= 256
+    assert index.match([-1], 1) == {}
+
+
+def test_what_was_not_computed_is_forgotten():
+    index = PrefixIndex()
+    index.add(0, 1 << 20)
+    index.add(1, 1 << 20)
+    for worker in (0, 1):
+        index.insert(worker, [1, 2, 3], 0.0)
+    index.forget(0, [2, 3, 4])
+    assert index.match([1, 2, 3], 3) == {0: 1, 1: 3}
+    assert index.chars(0) == 64
+    index.forget(1, [1, 2, 3])
+    assert index.size == 1
+
+
 # ---- circuits, health, pauses
 
 
@@ -326,6 +374,25 @@ def test_a_half_open_circuit_lets_few_through():
     assert not breaker.allows
     breaker.end(era, None)
     assert breaker.allows
+
+
+def test_a_circuit_is_not_stuck_half_open():
+    """Complaint 8: what began before the circuit opened is no probe, and its end says nothing."""
+    clock = Clock()
+    breaker, _ = circuit(clock)
+    eras = [breaker.begin() for _ in range(40)]  # long streams
+    for era in eras[:3]:
+        breaker.end(era, False)
+    clock.now = 10.0
+    assert breaker.allows
+    for era in eras[3:20]:
+        breaker.end(era, False)
+    assert breaker.state == "half_open"
+    record(breaker, True, True)
+    assert breaker.state == "closed"
+    for era in eras[20:]:
+        breaker.end(era, False)
+    assert breaker.state == "closed"
 
 
 def test_what_says_nothing_changes_nothing_and_a_disabled_circuit_never_opens():
@@ -451,6 +518,29 @@ def test_starts_per_second():
 
         await asyncio.gather(*(one() for _ in range(15)))
         assert 0.17 < loop.time() - began < 2  # 5 at once, 10 more at 50 a second
+
+    run(main)
+
+
+def test_a_full_limiter_does_not_spin():
+    """A place is free only when a request ends: no timer looks for it meanwhile."""
+
+    async def main():
+        limiter = Limiter(
+            per_second=1000.0,
+            max_running=1,
+            queue_size=10,
+            clock=asyncio.get_running_loop().time,
+        )
+        looks = []
+        serve = limiter._serve
+        limiter._serve = lambda: (looks.append(1), serve())
+        permit = await limiter.acquire()
+        waiting = asyncio.create_task(limiter.acquire())
+        await asyncio.sleep(0.1)
+        assert len(looks) < 10
+        permit.release()
+        (await waiting).release()
 
     run(main)
 

@@ -171,6 +171,139 @@ def test_what_an_engine_evicted_is_forgotten():
     assert sum(after) < sum(before) - 2000
 
 
+def answer(fleet, text, cached, **fields):
+    """One request whose answer says what was cached of it; its worker."""
+    ticket = fleet.begin(text, **fields)
+    ticket.first_token()
+    ticket.usage(len(text) // 4, cached)
+    ticket.end(Outcome.OK)
+    return ticket.worker
+
+
+def test_a_worker_that_was_restarted_between_two_checks_has_nothing():
+    """Complaint 6: nothing cached, twice, of what nobody was computing."""
+    fleet = Fleet(num=1, capacity_tokens=100_000)
+    for seed in range(8):
+        answer(fleet, prompt(seed, 4000), 0)
+    full = fleet.router.index.chars(0)
+    answer(fleet, prompt(0, 4000), 0)  # once may be a request that could not use the cache
+    assert fleet.router.index.chars(0) == full
+    answer(fleet, prompt(1, 4000), 990)
+    answer(fleet, prompt(2, 4000), 0)
+    assert fleet.router.index.chars(0) == full
+    answer(fleet, prompt(3, 4000), 0)
+    assert fleet.router.index.num_blocks(0) == 4000 // 64  # that one
+
+
+def test_what_is_still_being_computed_is_no_surprise():
+    fleet = Fleet(num=1, capacity_tokens=100_000)
+    text = prompt(1, 4000)
+    tickets = [fleet.begin(text) for _ in range(10)]
+    for ticket in tickets:
+        ticket.usage(1000, 0)
+        ticket.end(Outcome.OK)
+    assert fleet.router.index.num_blocks(0) == 4000 // 64
+    assert fleet.workers[0].surprises == 0
+
+
+@pytest.mark.parametrize("outcome", [Outcome.BUSY, Outcome.FAILED, Outcome.NEUTRAL])
+def test_a_prompt_that_was_not_computed_is_not_cached(outcome):
+    fleet = Fleet(num=2)
+    home = fleet.serve(prompt(1))
+    known = fleet.router.index.chars(home.bit)
+    other = next(w for w in fleet.workers if w is not home)
+    ticket = fleet.begin(prompt(1) + prompt(2), exclude=[other])
+    assert fleet.router.index.chars(home.bit) > known
+    ticket.end(outcome)
+    assert fleet.router.index.chars(home.bit) == known
+    ticket = fleet.begin(prompt(1) + prompt(2), exclude=[other])
+    ticket.first_token()
+    ticket.end(outcome)  # its stream broke, but the prompt is there
+    assert fleet.router.index.chars(home.bit) > known
+
+
+def test_token_sizes_are_those_of_each_model():
+    fleet = Fleet(num=2, models=["a", "b"], enable_igw=True, capacity_tokens=1000)
+    for seed in range(100):
+        for model, per_token in (("a", 2), ("b", 5)):
+            ticket = fleet.begin(prompt(seed, 3000), model=model)
+            ticket.usage(3000 // per_token, 0)
+            ticket.end(Outcome.OK)
+    assert fleet.router.chars_per_token("a") == pytest.approx(2, rel=0.05)
+    assert fleet.router.chars_per_token("b") == pytest.approx(5, rel=0.05)
+    sizes = [fleet.router.index.chars(w.bit) for w in fleet.workers]
+    assert sizes[0] <= 2100 < 4000 < sizes[1] <= 5100
+
+
+def test_sizes_are_not_learned_from_what_is_not_all_of_the_prompt():
+    fleet = Fleet(num=1)
+    one = RoutedRequest.parse("/v1/rerank", json.dumps({"query": "q" * 400}).encode())
+    for _ in range(50):
+        ticket = fleet.router.begin(one)
+        ticket.usage(10_000, 0)
+        ticket.end(Outcome.OK)
+    assert fleet.router.chars_per_token("unknown") == 4
+
+
+def test_load_against_the_cache_is_told():
+    told = []
+    fleet = Fleet(num=2)
+    fleet.router.metrics = type("Told", (NoMetrics,), {"rebalanced": lambda self: told.append(1)})()
+    home = fleet.serve(prompt(1))
+    assert fleet.serve(prompt(1)) is home
+    assert told == []
+    home.backlog_tokens = 50_000.0
+    assert fleet.serve(prompt(1)) is not home
+    assert told == [1]
+
+
+def test_thresholds_are_the_rule_of_the_peer():
+    """Section 10 of the behaviour that is reproduced, against a plain form of it: who may be
+    chosen, step by step, on prompts of whole blocks."""
+    rng = random.Random(5)
+    settings = {"cache_threshold": 0.5, "balance_abs_threshold": 3, "balance_rel_threshold": 1.5}
+    fleet = Fleet(num=3, cache_aware_mode="thresholds", **settings)
+    held = {worker: set() for worker in fleet.workers}
+    parts = [prompt(i, 64) for i in range(4)]
+    kinds = Counter()
+    running = []
+    for _ in range(800):
+        text = "".join(rng.choices(parts, weights=(8, 4, 2, 1), k=rng.randint(1, 8)))
+        loads = {w: w.in_flight for w in fleet.workers}
+        most, least = max(loads.values()), min(loads.values())
+        lightest = {w for w in fleet.workers if loads[w] == least}
+        deep = {
+            w: max((n for n in range(64, len(text) + 1, 64) if text[:n] in held[w]), default=0)
+            for w in fleet.workers
+        }
+        longest = max(deep.values())
+        if most - least > 3 and most > 1.5 * least:
+            kind, allowed = "uneven", lightest
+        elif longest / len(text) > 0.5:
+            kind, allowed = "hit", {w for w in fleet.workers if deep[w] == longest}
+        else:
+            kind, allowed = "miss", lightest
+        kinds[kind] += 1
+        ticket = fleet.begin(text)
+        assert ticket.worker in allowed, kind
+        ticket.first_token()
+        held[ticket.worker].update(text[:n] for n in range(64, len(text) + 1, 64))
+        running.append(ticket)
+        while len(running) > rng.randint(0, 14):
+            running.pop(rng.randrange(len(running))).end(Outcome.OK)
+    assert min(kinds.values()) > 20, kinds
+
+
+def test_affinity_yields_when_the_holder_is_gone():
+    for mode in ("cost", "thresholds"):
+        fleet = Fleet(cache_aware_mode=mode)
+        home = fleet.serve(prompt(1))
+        home.health.healthy = False
+        others = [w for w in fleet.workers if w is not home]
+        others[0].in_flight = others[1].in_flight = 1
+        assert fleet.serve(prompt(1)) is others[2]
+
+
 def test_tree_memory_is_bounded_at_every_moment():
     """Complaint 7."""
     fleet = Fleet(num=2, max_tree_size=20_000)
@@ -295,6 +428,31 @@ def test_manual_assignment_modes_and_idle_keys():
     for worker in least.workers[:3]:
         worker.in_flight = 2
     assert {least.serve(headers=key(str(i))).url for i in range(5)} == {"http://w3"}
+
+
+def test_routing_keys_are_remembered_in_bounded_memory():
+    fleet = Fleet(policy="manual")
+    long = "k" * 60_000
+    home = fleet.serve(headers=key(long))
+    assert {fleet.serve(headers=key(long)) for _ in range(8)} == {home}
+    assert all(len(k) <= 128 for k in fleet.router._policy._keys)
+
+
+@pytest.mark.parametrize("policy", ["prefix_hash", "consistent_hashing"])
+def test_a_ring_is_made_once(policy, monkeypatch):
+    """Complaint 17: not for each set of candidates."""
+    import router.routing as routing
+
+    calls = []
+    point = routing._point
+    monkeypatch.setattr(routing, "_point", lambda text: calls.append(text) or point(text))
+    fleet = Fleet(num=20, policy=policy)
+    fleet.serve(prompt(1), headers=key("a"))
+    made = len(calls)
+    for worker in fleet.workers:
+        assert fleet.begin(prompt(1), [worker], headers=key("a")).worker is not worker
+    assert len(calls) <= made + 20
+    assert made > 20 * routing.RING_POINTS - 1
 
 
 def test_consistent_hashing_names_a_worker():
