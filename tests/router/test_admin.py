@@ -788,7 +788,7 @@ def test_requests_in_flight_are_in_the_metrics_under_every_policy():
             assert f'smg_worker_health{{worker="{a.url}"}} -1.0' in page
             assert f'smg_worker_cb_state{{worker="{a.url}"}} -1.0' in page
             assert "smg_discovery_registrations_total" in page
-            resident = re.search(r"process_resident_memory_bytes (\S+)", page)
+            resident = re.search(r"process_resident_memory_bytes (\d\S+)", page)
             assert float(resident[1]) > 1e6
 
     run(main)
