@@ -67,20 +67,32 @@ class CircuitBreaker:
         self._running += 1
         return self._era
 
-    def end(self, era: int, success: bool | None) -> None:
-        """It is over; a success of None says nothing about the worker."""
+    def prove(self, era: int) -> bool:
+        """The answer to a request has begun; whether that counted, as a probe's success.
+
+        A stream may last for minutes: its first token says what a probe is to find out.
+        """
+        if era != self._era or self.state != "half_open":
+            return False
+        self._running -= 1
+        self._succeed()
+        return True
+
+    def end(self, era: int, success: bool | None, *, proved: bool = False) -> None:
+        """It is over; a success of None says nothing about the worker.
+
+        Args:
+            proved: what `prove` said of it.
+        """
         if era != self._era:
             return  # It is counted neither as a probe nor as an outcome any more.
-        self._running -= 1
+        if not proved:
+            self._running -= 1
         if success is None:
             return
         if success:
-            self.consecutive_failures = 0
-            self.consecutive_successes += 1
-            if self.state == "half_open" and (
-                self.consecutive_successes >= self._success_threshold
-            ):
-                self._change("closed")
+            if not proved:
+                self._succeed()
             return
         self.consecutive_successes = 0
         self.consecutive_failures += 1
@@ -91,6 +103,12 @@ class CircuitBreaker:
             self._state == "closed" and self.consecutive_failures >= threshold
         ):
             self._change("open")
+
+    def _succeed(self) -> None:
+        self.consecutive_failures = 0
+        self.consecutive_successes += 1
+        if self.state == "half_open" and self.consecutive_successes >= self._success_threshold:
+            self._change("closed")
 
     def reset(self) -> None:
         """The worker is another one now, under the same address."""

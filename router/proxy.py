@@ -39,6 +39,8 @@ CLIENT_LEFT = 499
 """What is counted for a client that hung up; nobody receives it."""
 STALLED_S = 5.0
 """A stream of an unhealthy worker that has said nothing for so long is taken elsewhere."""
+MAX_REMEMBERED = 1_024
+"""Workers of which it is known when a stream broke there."""
 TAIL_S = 1.0
 """How long the end of an exchange may take after its last event, for the connection's sake."""
 
@@ -181,6 +183,7 @@ class Proxy:
         self.rng = rng
         self.clock = clock
         self._streams: set[_Exchange] = set()
+        self._broke_at: dict[str, float] = {}
         self.max_attempts = 1 if config.disable_retries else max(1, config.retry_max_retries)
         self.id_headers = {
             name.lower().encode(): i for i, name in enumerate(config.request_id_headers)
@@ -203,6 +206,19 @@ class Proxy:
         for exchange in [each for each in self._streams if each.worker is worker]:
             exchange.interrupt_if_stalled(before)
 
+    def blame(self, worker: Worker, asked_at: float) -> Outcome:
+        """What a stream that broke means for its worker.
+
+        A crash breaks all streams at once. That is one failure, not so many in a row: a stream
+        that ran already when another one broke says nothing new.
+        """
+        if asked_at <= self._broke_at.get(worker.url, -1.0):
+            return Outcome.NEUTRAL
+        if len(self._broke_at) >= MAX_REMEMBERED:
+            self._broke_at.clear()
+        self._broke_at[worker.url] = self.clock()
+        return Outcome.FAILED
+
     def streaming(self, exchange: _Exchange, *, begins: bool) -> None:
         """A stream that can go on elsewhere begins or ends."""
         if begins:
@@ -215,6 +231,7 @@ class _Exchange:
     """One client's request, from its headers to the last byte of its answer."""
 
     __slots__ = (
+        "_asked_at",
         "_began",
         "_call",
         "_code",
@@ -237,7 +254,7 @@ class _Exchange:
         self._began = proxy.clock()
         self._stream: PassedStream | ContinuedStream | None = None
         self._response: UpstreamResponse | None = None
-        self._heard_at = self._first_at = self._began
+        self._asked_at = self._heard_at = self._first_at = self._began
         self._number = proxy.metrics.http_request(call.method, call.path)
         self._code = ""
         self.worker: Worker | None = None
@@ -403,6 +420,7 @@ class _Exchange:
         if fields:
             body = with_fields(body, fields)
         response: UpstreamResponse | None = None
+        self._asked_at = self._proxy.clock()
         try:
             response = await self._proxy.upstream.request(
                 worker.base_url,
@@ -439,9 +457,9 @@ class _Exchange:
         self._note(ticket, failure)
         return failure
 
-    def _note(self, ticket: Ticket, failure: Failure) -> None:
+    def _note(self, ticket: Ticket, failure: Failure, outcome: Outcome = Outcome.FAILED) -> None:
         """A worker failed to answer, or to go on."""
-        ticket.end(Outcome.FAILED)
+        ticket.end(outcome)
         self._proxy.metrics.upstream_response(failure.status, failure.code)
         self._proxy.metrics.worker_error(failure.code)
         logger.info("Request %s: %s", self.request_id.decode("latin-1"), failure.message)
@@ -464,6 +482,7 @@ class _Exchange:
                 answer=(response.headers, content),
             )
         if status < 400:
+            ticket.first_token()
             self._count(request, ticket, usage_of(content), 0)
             ticket.end(Outcome.OK)
         else:
@@ -494,7 +513,7 @@ class _Exchange:
                     recovery.succeeded()
                     return
                 response.close()
-                self._note(ticket, failure)
+                self._note(ticket, failure, proxy.blame(ticket.worker, self._asked_at))
                 again = await recovery.next(ticket.worker, failure)
                 if again is None:
                     self._count_stream(request, ticket, stream)

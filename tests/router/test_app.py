@@ -294,3 +294,46 @@ def test_large_bodies_pass():
             assert fleet[0].last.raw == raw
 
     run(main)
+
+
+def test_a_crash_that_breaks_many_streams_is_one_failure():
+    async def main():
+        async with (
+            workers(2, tpot=0.02) as fleet,
+            service(fleet, cb_failure_threshold=3) as (router, client),
+        ):
+            tasks = [asyncio.create_task(client.stream(max_tokens=20)) for _ in range(20)]
+            await asyncio.sleep(0.15)
+            await fleet[0].kill()
+            await fleet[0].start()
+            assert [len((await task).text()) for task in tasks] == [80] * 20
+            assert {worker.breaker.state for worker in router.registry.list()} == {"closed"}
+
+    run(main)
+
+
+def test_a_worker_that_is_back_gets_streams_at_once():
+    """In half open, a stream's first token is what a probe asks for, not its end."""
+
+    async def main():
+        async with (
+            workers(1, tpot=0.05, slots=64) as fleet,
+            service(
+                fleet, cb_failure_threshold=2, cb_timeout_duration_secs=0.1, disable_retries=True
+            ) as (router, client),
+        ):
+            (worker,) = router.registry.list()
+            fleet[0].faults.status = 500
+            for _ in range(2):
+                await client.stream()
+            assert worker.breaker.state == "open"
+            fleet[0].faults.status = 0
+            await asyncio.sleep(0.15)
+            tasks = []
+            for _ in range(8):
+                tasks.append(asyncio.create_task(client.stream(max_tokens=20)))
+                await asyncio.sleep(0.03)
+            assert worker.breaker.state == "closed"
+            assert [(await task).status for task in tasks] == [200] * 8
+
+    run(main)
