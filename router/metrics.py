@@ -182,6 +182,15 @@ class RouterMetrics:
     def _make_workers(self) -> None:
         worker = tuple(WORKER)
         self._pool = self._gauge("smg_worker_pool_size", "Registered workers.", *worker, "model")
+        self._connections = self._gauge(
+            "smg_worker_connections_active", "Connections to workers that are in use.", *worker
+        )
+        self._max_load = self._gauge(
+            "sgl_router_max_load", "Requests that run on the worker that has most of them."
+        )
+        self._min_load = self._gauge(
+            "sgl_router_min_load", "Requests that run on the worker that has fewest of them."
+        )
         self._active = self._gauge(
             "smg_worker_requests_active", "Requests that run on a worker.", "worker"
         )
@@ -244,6 +253,12 @@ class RouterMetrics:
     def requests_active(self, worker: str, num: int) -> None:
         """So many requests run on a worker now."""
         self._get(self._active, worker).set(num)
+
+    def in_flight(self, loads: Sequence[int]) -> None:
+        """So many requests run now, worker by worker; each has a connection of its own."""
+        self._get(self._connections, *WORKER.values()).set(sum(loads))
+        self._get(self._max_load).set(max(loads, default=0))
+        self._get(self._min_load).set(min(loads, default=0))
 
     def worker_health(self, worker: str, healthy: bool) -> None:
         """A worker is registered, or changed sides."""

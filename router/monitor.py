@@ -80,6 +80,7 @@ class Monitor:
 
     def update_gauges(self) -> None:
         """Bring the gauges of all workers up to date, before they are read."""
+        self._metrics.in_flight([worker.in_flight for worker in self._registry.list()])
         for worker in self._registry.list():
             breaker, metrics = worker.breaker, self._metrics
             metrics.worker_health(worker.url, worker.health.healthy)

@@ -774,7 +774,10 @@ def test_requests_in_flight_are_in_the_metrics_under_every_policy():
             stream = asyncio.create_task(client.stream(max_tokens=20))
             await until(lambda: router.registry.list()[0].in_flight)
             line = f'smg_worker_requests_active{{worker="{a.url}"}}'
-            assert f"{line} 1.0" in router.metrics_page().decode()
+            page = router.metrics_page().decode()
+            assert f"{line} 1.0" in page
+            assert "sgl_router_max_load 1.0" in page
+            assert re.search(r"smg_worker_connections_active{\S+} 1.0", page)
             await stream
             page = router.metrics_page().decode()
             assert f"{line} 0.0" in page
