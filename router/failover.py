@@ -20,7 +20,6 @@ MAX_EVENT_BYTES = 4 << 20
 """A longer piece without an event's end is handed on as it is, or breaks a continued stream."""
 MAX_TOKENS = 1 << 20
 """Token ids that are remembered for one stream (8 MiB); a longer one cannot go on elsewhere."""
-SEED_BITS = 31
 
 _TOKEN_IDS = re.compile(rb',"token_ids":\[[0-9,]*\]')
 

@@ -268,6 +268,7 @@ class _Exchange:
             request = RoutedRequest.parse(call.path, call.body, call.headers)
             permit = await proxy.limiter.acquire()
         except BadRequest as error:
+            proxy.metrics.router_error("unknown", self._route.endpoint, "validation_error")
             self._refuse(Refused(error.status, "invalid_request", error.message))
             return
         except Refused as refused:
@@ -526,6 +527,7 @@ class _Exchange:
                     self._call.end(error_event(again.code, again.status, again.message))
                     return
                 ticket, response, first = again
+                ticket.first_token()
         finally:
             proxy.streaming(self, begins=False)
             response.close()
