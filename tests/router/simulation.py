@@ -15,6 +15,7 @@ from bisect import bisect
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 
 from router.config import RouterConfig
@@ -69,11 +70,34 @@ def conversations(seed: int, num: int = 153) -> list[Session]:
     ]
 
 
-WORKLOADS = {
-    "gsp": gsp,
-    "zipf": lambda seed: gsp(seed, skew=1.1),
-    "chat": conversations,
-}
+@lru_cache(8)
+def workload(name: str, seed: int) -> list[Session]:
+    """One of WORKLOADS."""
+    match name:
+        case "gsp":
+            return gsp(seed)
+        case "zipf":
+            return gsp(seed, skew=1.1)
+        case _:
+            return conversations(seed)
+
+
+WORKLOADS = ("gsp", "zipf", "chat")
+
+
+# The same texts come again, for each policy that is played: what they are hashed to is kept.
+@lru_cache(4096)
+def _chain(text: str) -> tuple[int, ...]:
+    chain, name = [], 0
+    for end in range(PAGE_CHARS, len(text) + 1, PAGE_CHARS):
+        name = hash((name, text[end - PAGE_CHARS : end]))
+        chain.append(name)
+    return tuple(chain)
+
+
+@lru_cache(4096)
+def _parsed(path: str, body: bytes) -> RoutedRequest:
+    return RoutedRequest.parse(path, body)
 
 
 class Cache:
@@ -83,16 +107,9 @@ class Cache:
         self.limit = tokens * CHARS // PAGE_CHARS
         self.pages: OrderedDict[int, None] = OrderedDict()
 
-    def chain(self, text: str) -> list[int]:
-        chain, name = [], 0
-        for end in range(PAGE_CHARS, len(text) + 1, PAGE_CHARS):
-            name = hash((name, text[end - PAGE_CHARS : end]))
-            chain.append(name)
-        return chain
-
     def take(self, text: str) -> int:
         """Tokens of the text that are cached; all of it is, from now on."""
-        chain, num = self.chain(text), 0
+        chain, num = _chain(text), 0
         for page in chain:
             if page not in self.pages:
                 break
@@ -125,6 +142,7 @@ class Run:
 
     hit_rate: float
     requests_per_s: float
+    ttft_mean: float
     ttft_p50: float
     ttft_p99: float
     max_over_mean: float
@@ -193,6 +211,7 @@ class Fleet:
         return Run(
             hit_rate=self._cached / self._tokens,
             requests_per_s=num / self.now,
+            ttft_mean=sum(self.ttft) / num,
             ttft_p50=self.ttft[num // 2],
             ttft_p99=self.ttft[int(num * 0.99)],
             max_over_mean=max(sent) * len(self.servers) / num,
@@ -217,7 +236,7 @@ class Fleet:
         else:
             path, body = "/v1/completions", {"prompt": session.prefix + question}
             text = session.prefix + question
-        request = RoutedRequest.parse(path, json.dumps({**body, "stream": True}).encode())
+        request = _parsed(path, json.dumps({**body, "stream": True}).encode())
 
         def ended(answer: str) -> None:
             messages.append({"role": "assistant", "content": answer})
