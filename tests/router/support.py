@@ -171,8 +171,8 @@ class Cutter:
         sending = asyncio.create_task(forth())
         try:
             await self._back(worker_reader, writer)
-        except ConnectionError:
-            pass
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # it is cancelled by `stop` only, which waits for it
         finally:
             sending.cancel()
             worker_writer.transport.abort()
