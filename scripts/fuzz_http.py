@@ -141,9 +141,9 @@ class Fuzzer:
         rng = self._rng
         schema = self._schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
         for name in LIMITS:
-            given = body.get(name, MAX_TOKENS)
-            if name in schema.get("properties", {}) and isinstance(given, int):
-                body[name] = min(given, MAX_TOKENS)
+            given = body.get(name)
+            if name in schema.get("properties", {}) and isinstance(given, int | None):
+                body[name] = MAX_TOKENS if given is None else min(given, MAX_TOKENS)
         params = body.get("sampling_params")
         for part in params if isinstance(params, list) else [params]:
             if isinstance(part, dict):
