@@ -34,6 +34,7 @@ MAX_TOKENS = 4
 LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens")
 LEFT_OUT = ("/abort_request", "/flush_cache")
 """They would disturb the other requests of the run."""
+REFUSED = ("/v1/embeddings", "/v1/score", "/v1/rerank")
 
 NUMBERS = [
     0,
@@ -73,7 +74,7 @@ RAW = [
     b'{"x": ' + b'{"x": ' * 5000,
     b'{"prompt": [' + b"1," * 50_000 + b"1]}",
 ]
-MEDIA_TYPES = ["application/json"] * 12 + [
+MEDIA_TYPES = ["application/json"] * 100 + [
     "application/json; charset=utf-8",
     "text/plain",
     "",
@@ -104,22 +105,25 @@ class Fuzzer:
             if path not in LEFT_OUT and "post" in methods:
                 content = methods["post"].get("requestBody", {}).get("content", {})
                 self._bodies[path] = content.get("application/json", {}).get("schema", {})
+        # Routes that only say no are worth few cases.
+        self._weights = [0.1 if path in REFUSED else 1.0 for path in self._bodies]
         self._paths = [p for p in sorted(document["paths"]) if p not in LEFT_OUT]
 
     def case(self) -> Case:
         """The next request."""
         rng = self._rng
-        path = rng.choice(list(self._bodies))
+        path = rng.choices(list(self._bodies), self._weights)[0]
         method = "POST" if rng.random() < 0.97 else rng.choice(["GET", "PUT", "DELETE", "PATCH"])
         if rng.random() < 0.02:
             path = rng.choice(
                 [*self._paths, "/", "/nothing", "/v1/../v1/models", "/%00", "/v1/models/ü"]
             )
-        if rng.random() < 0.1:
+        if rng.random() < 0.06:
             content = rng.choice(RAW)
         else:
-            body = self._draw(self._bodies.get(path, {}), 0)
-            body = self._broken(body) if isinstance(body, dict) else body
+            schema = self._bodies.get(path, {})
+            body = self._draw(schema, 0)
+            body = self._broken(body, schema) if isinstance(body, dict) else body
             content = self._encode(body)
         return Case(method=method, path=path, content=content, media_type=rng.choice(MEDIA_TYPES))
 
@@ -132,15 +136,21 @@ class Fuzzer:
             content = content[: self._rng.randrange(len(content))]
         return content
 
-    def _broken(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _broken(self, body: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
         """The body with some fields of the wrong kind, and bounded work."""
         rng = self._rng
-        for _ in range(rng.choice([0, 0, 1, 1, 2, 5])):
-            name = rng.choice([*body, "unknown"])
-            body[name] = self._anything(0)
+        schema = self._schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
         for name in LIMITS:
-            if isinstance(body.get(name), int) and body[name] > MAX_TOKENS and rng.random() < 0.9:
-                body[name] = MAX_TOKENS
+            given = body.get(name, MAX_TOKENS)
+            if name in schema.get("properties", {}) and isinstance(given, int):
+                body[name] = min(given, MAX_TOKENS)
+        params = body.get("sampling_params")
+        for part in params if isinstance(params, list) else [params]:
+            if isinstance(part, dict):
+                part["max_new_tokens"] = MAX_TOKENS
+        for _ in range(rng.choice([0, 0, 0, 1, 1, 2, 5])):
+            name = rng.choice([*(n for n in body if n not in LIMITS), "unknown"])
+            body[name] = self._anything(0)
         return body
 
     def _anything(self, depth: int) -> Any:
@@ -194,7 +204,7 @@ class Fuzzer:
     def _object(self, schema: dict[str, Any], depth: int) -> dict[str, Any]:
         rng = self._rng
         needed = schema.get("required", ())
-        chance = rng.choice([0.05, 0.15, 0.5])
+        chance = rng.choice([0.01, 0.03, 0.1, 0.5])
         return {
             name: self._draw(part, depth + 1)
             for name, part in schema.get("properties", {}).items()
