@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from serving.http.constraints import check_constraint, constraint
 from serving.http.conversation import Prompt, chat_prompt
 from serving.http.errors import ApiError, json_response
 from serving.http.generation import Answer, AnswerToken, Delta, Tally, generation, token_ids
+from serving.http.offload import off_loop
 from serving.http.protocol import (
     ChatBody,
     ChatChoice,
@@ -54,8 +54,7 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
     """Check the body, generate, answer."""
     began = state.timer()
     body = await read_body(request, ChatBody)
-    # Tokenising a long text takes seconds: other streams must not wait for it.
-    call = await asyncio.to_thread(to_call, state, body, request.headers, began)
+    call = await off_loop(request, to_call, state, body, request.headers, began)
     await check_constraint(request, body, state.grammars, [call])
     if call.stream:
         return await stream(request, _chunks(state, call))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 
 from starlette.requests import Request
@@ -21,6 +20,7 @@ from serving.http.generation import (
     generation,
     token_ids,
 )
+from serving.http.offload import off_loop
 from serving.http.protocol import (
     Completion,
     CompletionBody,
@@ -51,8 +51,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
     began = state.timer()
     body = await read_body(request, CompletionBody)
-    # Tokenising a long text takes seconds: other streams must not wait for it.
-    call = await asyncio.to_thread(to_call, state, body, request.headers, began)
+    call = await off_loop(request, to_call, state, body, request.headers, began)
     await check_constraint(request, body, state.grammars, [call])
     if call.stream:
         return await stream(request, _chunks(state, call))

@@ -7,7 +7,6 @@ side by side. Streams tell the whole answer so far in every event, as SGLang doe
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from serving.http.native_protocol import (
     Generated,
     SamplingBody,
 )
+from serving.http.offload import off_loop
 from serving.http.protocol import ErrorEvent, GenerationBody, read_body, refuse
 from serving.http.sampling import (
     SamplingDefaults,
@@ -69,8 +69,7 @@ async def generate(state: ServerState, request: Request) -> Response:
     began = state.timer()
     try:
         body = await read_body(request, GenerateBody)
-        # Tokenising a long text takes seconds: other streams must not wait for it.
-        wanted = await asyncio.to_thread(to_calls, state, body, request.headers, began)
+        wanted = await off_loop(request, to_calls, state, body, request.headers, began)
         await _check_constraints(state, request, wanted)
         listed = _is_batch(body) or wanted[0].call.num_samples > 1
         with_text = bool(body.return_text_in_logprobs)

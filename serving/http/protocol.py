@@ -197,6 +197,10 @@ def refuse(body: msgspec.Struct, fields: Mapping[str, tuple[Any, ...]]) -> None:
             raise ApiError(f"{name} is not supported yet: leave it out{hint}.", param=name)
 
 
+MAX_REREAD_BYTES = 256 << 10
+"""Of a body in which integers are written with a point: reading it takes the front's time."""
+MAX_EXACT = 2**53
+"""Larger whole floats may have been other numbers."""
 MAX_BODY_BYTES = 16 << 20
 """Several times the longest prompt of any context; a larger body is refused unread."""
 
@@ -233,7 +237,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         )
     content = await _content(request)
     try:
-        return msgspec.json.decode(content, type=kind)
+        return _decoded(content, kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").removeprefix(".").removeprefix("[...]")
@@ -242,6 +246,28 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         raise ApiError(message, param=name or None, kind="Bad Request") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(f"The body is not valid JSON: {error}.", kind="Bad Request") from None
+
+
+def _decoded(content: bytes, kind: type[Body]) -> Body:
+    """The body, in which an integer may be written as 16.0: JSON has one kind of number."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error) or len(content) > MAX_REREAD_BYTES:
+            raise
+    return msgspec.convert(_with_integers(msgspec.json.decode(content)), kind)
+
+
+def _with_integers(value: Any) -> Any:
+    """The same with an int for every float that is one."""
+    match value:
+        case float() if value.is_integer() and abs(value) <= MAX_EXACT:
+            return int(value)
+        case list():
+            return [_with_integers(item) for item in value]
+        case dict():
+            return {name: _with_integers(item) for name, item in value.items()}
+    return value
 
 
 class PromptTokensDetails(msgspec.Struct, kw_only=True):

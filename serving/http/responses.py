@@ -6,7 +6,6 @@ and events. Nothing is remembered between requests.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -22,6 +21,7 @@ from serving.http.chat import to_call, told
 from serving.http.constraints import check_constraint
 from serving.http.errors import ApiError, json_response, to_api_error
 from serving.http.generation import Tally, generation
+from serving.http.offload import off_loop
 from serving.http.protocol import (
     CalledFunction,
     ChatBody,
@@ -75,8 +75,8 @@ async def create_response(state: ServerState, request: Request) -> Response:
     body = await read_body(request, ResponsesBody)
     try:
         # Tokenising a long text takes seconds: other streams must not wait for it.
-        chat = await asyncio.to_thread(to_chat_body, body)
-        call = await asyncio.to_thread(to_call, state, chat, request.headers, began)
+        chat = await off_loop(request, to_chat_body, body)
+        call = await off_loop(request, to_call, state, chat, request.headers, began)
         await check_constraint(request, chat, state.grammars, [call])
     except ApiError as error:
         _raise_in_our_words(error)

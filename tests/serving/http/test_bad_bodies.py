@@ -267,6 +267,33 @@ def test_media_type_parameters_are_fine():
     run(main)
 
 
+@pytest.mark.parametrize("written", ["3.0", "3e0", "30.0e-1"])
+def test_an_integer_may_be_written_with_a_point(written):
+    """Other servers take it, and so does JSON Schema."""
+
+    async def main():
+        async with serving() as (http, _, engine):
+            body = f"""{{"prompt": [[5.0, 6], [7e0]], "max_tokens": {written}, "seed": 1.0,
+                "temperature": 0.5, "priority": -0.0, "logit_bias": {{"9": 1.5}}}}"""
+            headers = {"content-type": "application/json"}
+            answer = await http.post("/v1/completions", content=body, headers=headers)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == 6
+            assert {request.prompt for request in engine.seen} == {(5, 6), (7,)}
+            for request in engine.seen:
+                assert isinstance(request.prompt[0], int)
+                assert (request.sampling.temperature, request.sampling.seed) == (0.5, 1)
+            for wrong in ("3.5", "1e300", "9.1e15", "-Infinity"):
+                body = f'{{"prompt": [5], "max_tokens": {wrong}}}'
+                answer = await http.post("/v1/completions", content=body, headers=headers)
+                assert answer.status_code == 400
+            long = f'{{"prompt": [{"1.0, " * 100_000}1], "max_tokens": 1}}'
+            answer = await http.post("/v1/completions", content=long, headers=headers)
+            assert answer.json()["message"].startswith("prompt[0]: expected `")
+
+    run(main)
+
+
 def test_every_field_that_is_refused_is_declared():
     declared = {*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__}
     assert set(NOT_SERVED_YET) <= declared
