@@ -11,6 +11,7 @@ import codecs
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders
 
 from serving.gguf_tokenizer import GGUFTokenizerError, read_gguf_tokenizer
+from serving.template_features import TemplateFeatures, probe_template
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
@@ -182,10 +184,10 @@ class Tokenizer:
         """Whether `render_chat` can work."""
         return self._template is not None
 
-    @property
-    def offers_tools(self) -> bool:
-        """Whether the chat template tells the model of functions it can call."""
-        return self.chat_template is not None and "tools" in self.chat_template
+    @cached_property
+    def template_features(self) -> TemplateFeatures:
+        """What the chat template does with functions."""
+        return probe_template(self.render_chat)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """A batch of one: only batches release the interpreter lock while they work."""

@@ -44,6 +44,8 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     weight_version: str = WEIGHT_VERSION
     has_image_understanding: bool = False
     has_audio_understanding: bool = False
+    continue_from: bool = True
+    """A broken stream can go on here: what routers look for."""
     model_type: str | None
     architectures: list[str] | None
 

@@ -58,11 +58,11 @@ async def listening(engine=None, http=BoundedHttp, **changes):
             await task
 
 
-def run(main):
+def run(main, seconds=20):
     """Run a test's coroutine, never for ever."""
 
     async def bounded():
-        await asyncio.wait_for(main(), 20)
+        await asyncio.wait_for(main(), seconds)
 
     asyncio.run(bounded())
 
