@@ -19,9 +19,6 @@ class GlmParser:
     """
 
     BEGIN, END = "<tool_call>", "</tool_call>"
-    _ARGUMENT = re.compile(
-        r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL
-    )
 
     def __init__(self, schemas: Mapping[str, Any]) -> None:
         self._schemas = schemas
@@ -56,20 +53,40 @@ class GlmParser:
     def _end_call(self, text: str, parsed: Parsed) -> None:
         at = text.find("<arg_key>")
         name = (text if at < 0 else text[:at]).strip()
-        arguments, rest = {}, "" if at < 0 else text[at:]
-        properties = (self._schemas.get(name) or {}).get("properties") or {}
-        while (match := self._ARGUMENT.match(rest)) is not None:
-            key, value = match[1].strip(), match[2]
-            arguments[key] = _json_text(value, properties.get(key))
-            rest = rest[match.end() :]
-        if rest or not re.fullmatch(r"[\w.-]+", name):
+        written = _written("" if at < 0 else text[at:])
+        if written is None or not re.fullmatch(r"[\w.-]+", name):
             parsed.append(self.BEGIN + text + self.END)
             return
+        properties = (self._schemas.get(name) or {}).get("properties") or {}
+        arguments = {key: _json_text(value, properties.get(key)) for key, value in written.items()}
         parsed += [
             CallDelta(self._num_calls, "", name),
             CallDelta(self._num_calls, _json_object(arguments)),
         ]
         self._num_calls += 1
+
+
+def _written(text: str) -> dict[str, str] | None:
+    """The arguments as they stand there; None if something else does. Reads the text once."""
+    written, at = {}, 0
+    while at < len(text):
+        parts = []
+        for part in ("arg_key", "arg_value"):
+            begin, end = f"<{part}>", f"</{part}>"
+            at = _after_blanks(text, at)
+            if not text.startswith(begin, at) or (to := text.find(end, at)) < 0:
+                return None
+            parts.append(text[at + len(begin) : to])
+            at = to + len(end)
+        written[parts[0].strip()] = parts[1]
+        at = _after_blanks(text, at)
+    return written
+
+
+def _after_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 def _json_object(members: Mapping[str, str]) -> str:

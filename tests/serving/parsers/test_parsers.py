@@ -488,3 +488,20 @@ def test_the_format_is_inferred_from_the_template():
     assert infer_tool_format("[TOOL_CALLS]f[ARGS]") is None
     assert infer_tool_format("[TOOL_CALLS]") == "mistral"
     assert infer_tool_format('{"name": function name, "parameters": ...}') == "llama3"
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "f" + "<arg_key>a</arg_key><arg_value>" * 8000,
+        "f" + "<arg_key>a</arg_key>" * 8000,
+        "f<arg_key>a</arg_key>" + " " * 100_000,
+    ],
+)
+def test_arguments_of_glm_that_never_end_are_read_once(inside):
+    """Clients can write them, in an answer to go on with; all streams wait meanwhile."""
+    text = f"<tool_call>{inside}</tool_call>"
+    began = time.perf_counter()
+    _, content, calls = parse(of("glm45"), [text])
+    assert time.perf_counter() - began < 2.0  # the first took 40 s
+    assert (content, calls) == (text, [])
