@@ -54,7 +54,7 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
     """Check the body, generate, answer."""
     began = state.timer()
     body = await read_body(request, ChatBody)
-    call = await off_loop(request, to_call, state, body, request.headers, began)
+    call = await off_loop(state.slow_lane, request, to_call, state, body, request.headers, began)
     await check_constraint(request, body, state.grammars, [call])
     if call.stream:
         return await stream(request, _chunks(state, call))
@@ -166,11 +166,16 @@ def _num_logprobs(body: ChatBody) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """A delta and what it says, its calls with their ids."""
+    """A delta and what it says, its calls with their ids.
+
+    Attributes:
+        reasoning_tokens: how many of its tokens are thinking, to within a delta at either end.
+    """
 
     delta: Delta
     piece: Piece
     finish_reason: str | None
+    reasoning_tokens: int = 0
 
 
 async def told(
@@ -181,6 +186,7 @@ async def told(
     async for delta in deltas:
         parser = parsers[delta.index]
         piece = parser.push(delta.text)
+        thought = len(delta.tokens) if piece.reasoning or parser.thinks else 0
         reason = delta.finish_reason
         if reason is not None:
             last = parser.finish()
@@ -190,7 +196,7 @@ async def told(
             if reason == "stop" and parser.has_calls:
                 reason = "tool_calls"
         piece.calls = [_with_id(state, call, part) for part in piece.calls]
-        yield Told(delta=delta, piece=piece, finish_reason=reason)
+        yield Told(delta=delta, piece=piece, finish_reason=reason, reasoning_tokens=thought)
 
 
 def _with_id(state: ServerState, call: Call, part: CallDelta) -> CallDelta:
@@ -211,7 +217,7 @@ async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:
         async for part in told(state, call, deltas):
             index = part.delta.index
             answers[index].add(part.delta)
-            tally.add(part.delta)
+            tally.add(part.delta, part.reasoning_tokens)
             _add(messages[index], part.piece)
             reasons[index] = part.finish_reason
     for message in messages:
@@ -268,7 +274,7 @@ async def _chunks(state: ServerState, call: Call) -> Events:
         begun: set[int] = set()
         async for part in told(state, call, deltas):
             delta = part.delta
-            tally.add(delta)
+            tally.add(delta, part.reasoning_tokens)
             opens = delta.index not in begun
             begun.add(delta.index)
             if delta.replayed:

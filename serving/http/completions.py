@@ -51,7 +51,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
     began = state.timer()
     body = await read_body(request, CompletionBody)
-    call = await off_loop(request, to_call, state, body, request.headers, began)
+    call = await off_loop(state.slow_lane, request, to_call, state, body, request.headers, began)
     await check_constraint(request, body, state.grammars, [call])
     if call.stream:
         return await stream(request, _chunks(state, call))

@@ -94,9 +94,11 @@ class Tally:
         self._call = call
         self._completion = [0] * len(call.jobs)
         self._cached = [0] * len(call.jobs)
+        self._reasoning = [0] * len(call.jobs)
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, reasoning_tokens: int = 0) -> None:
         self._completion[delta.index] += len(delta.tokens)
+        self._reasoning[delta.index] += reasoning_tokens
         if delta.first is not None:
             # Of an answer that goes on, the engine finds tokens behind the prompt's too.
             num_prompt = len(self._call.jobs[delta.index].prompt)
@@ -105,10 +107,11 @@ class Tally:
     def total(self) -> Usage:
         """Of the whole call so far."""
         once = slice(None, None, self._call.num_samples)
-        return _usage(
+        return self._usage(
             sum(len(job.prompt) for job in self._call.jobs[once]),
             sum(self._completion),
             sum(self._cached[once]),
+            sum(self._reasoning),
         )
 
     def of(self, index: int) -> Usage | None:
@@ -116,16 +119,20 @@ class Tally:
         if not self._call.continuous_usage:
             return None
         num_prompt = len(self._call.jobs[index].prompt)
-        return _usage(num_prompt, self._completion[index], self._cached[index])
+        counts = (self._completion[index], self._cached[index], self._reasoning[index])
+        return self._usage(num_prompt, *counts)
 
-
-def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
-    )
+    def _usage(
+        self, prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int
+    ) -> Usage:
+        separated = self._call.reading.reasoning is not None
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+            reasoning_tokens=reasoning_tokens if separated else UNSET,
+        )
 
 
 def token_ids(call: Call, tokens: Sequence[AnswerToken]) -> list[int] | UnsetType:

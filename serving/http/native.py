@@ -69,7 +69,9 @@ async def generate(state: ServerState, request: Request) -> Response:
     began = state.timer()
     try:
         body = await read_body(request, GenerateBody)
-        wanted = await off_loop(request, to_calls, state, body, request.headers, began)
+        wanted = await off_loop(
+            state.slow_lane, request, to_calls, state, body, request.headers, began
+        )
         await _check_constraints(state, request, wanted)
         listed = _is_batch(body) or wanted[0].call.num_samples > 1
         with_text = bool(body.return_text_in_logprobs)

@@ -279,6 +279,8 @@ class Usage(msgspec.Struct, kw_only=True):
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    reasoning_tokens: int | UnsetType = UNSET
+    """Where the model's thinking is separated."""
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):

@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any, NoReturn
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -75,8 +76,10 @@ async def create_response(state: ServerState, request: Request) -> Response:
     body = await read_body(request, ResponsesBody)
     try:
         # Tokenising a long text takes seconds: other streams must not wait for it.
-        chat = await off_loop(request, to_chat_body, body)
-        call = await off_loop(request, to_call, state, chat, request.headers, began)
+        chat = await off_loop(state.slow_lane, request, to_chat_body, body)
+        call = await off_loop(
+            state.slow_lane, request, to_call, state, chat, request.headers, began
+        )
         await check_constraint(request, chat, state.grammars, [call])
     except ApiError as error:
         _raise_in_our_words(error)
@@ -294,7 +297,7 @@ async def _response(state: ServerState, body: ResponsesBody, call: Call) -> Resp
     async with generation(state, call) as (answer_id, deltas):
         output = GrowingOutput(answer_id, count())
         async for part in told(state, call, deltas):
-            tally.add(part.delta)
+            tally.add(part.delta, part.reasoning_tokens)
             list(output.add(part.piece))  # nobody wants the events
             reason = part.finish_reason
     response = _begun(state, body, call, answer_id)
@@ -318,7 +321,7 @@ async def _events(state: ServerState, body: ResponsesBody, call: Call) -> Events
                     opened = True
                     yield Created(sequence_number=next(numbers), response=response)
                     yield InProgress(sequence_number=next(numbers), response=response)
-                tally.add(part.delta)
+                tally.add(part.delta, part.reasoning_tokens)
                 reason = part.finish_reason
                 for event in output.add(part.piece):
                     yield event
@@ -377,6 +380,8 @@ def _finish(response: ResponseObject, finish_reason: str | None, usage: Usage) -
             cached_tokens=usage.prompt_tokens_details.cached_tokens
         ),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(),
+        output_tokens_details=OutputTokensDetails(
+            reasoning_tokens=0 if usage.reasoning_tokens is UNSET else usage.reasoning_tokens
+        ),
         total_tokens=usage.total_tokens,
     )

@@ -26,6 +26,8 @@ CHOICES = ("auto", "none", "required")
 MAX_TOOLS = 512
 VALUES = ("const", "enum", "default", "examples")
 """Keywords of a schema that hold values, not schemas."""
+NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Keywords that hold schemas by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,16 +184,22 @@ def _calls_schema(tools: list[Tool], *, most: int | None) -> dict[str, Any]:
     return {**schema, "$defs": definitions} if definitions else schema
 
 
-def _moved(schema: Any, where: str) -> Any:
-    """A schema whose references to itself hold where it now is; examples and values are left."""
-    if isinstance(schema, list):
-        return [_moved(part, where) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and (value == "#" or value[:2] == "#/"):
-            moved[key] = where + value[1:]
-        else:
-            moved[key] = value if key in VALUES else _moved(value, where)
+def _moved(schema: dict[str, Any], where: str) -> dict[str, Any]:
+    """A copy of a schema for another place: its references to itself hold there."""
+    moved: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(schema))
+    moved.pop("$id", None)  # would make its own top the one that "#" means
+    nodes: list[tuple[Any, bool]] = [(moved, False)]
+    while nodes:  # no recursion: a schema can be nested deeper than the interpreter's stack
+        node, named = nodes.pop()
+        if isinstance(node, list):
+            nodes += [(part, False) for part in node]
+        elif isinstance(node, dict):
+            target = node.get("$ref")
+            if not named and isinstance(target, str) and (target == "#" or target[:2] == "#/"):
+                node["$ref"] = where + target[1:]
+            nodes += [
+                (value, key in NAMED and not named)
+                for key, value in node.items()
+                if named or key not in VALUES
+            ]
     return moved

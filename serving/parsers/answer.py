@@ -81,6 +81,11 @@ class AnswerParser:
         self._blanks: list[str] = []
         self.has_calls = False
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the text so far ends in the thinking."""
+        return self._reasoning is not None and self._reasoning.thinks
+
     def push(self, text: str) -> Piece:
         """What is certain after the next piece of text."""
         thought = ""

@@ -97,6 +97,8 @@ class DelimitedParser:
         self._raw.append(marker)
         if marker == form.call:
             self._state = "head"
+        elif self._raw[0] == form.section:  # there was no call in it
+            self._back_to_text(parsed)
         else:
             self._state, self._raw = "text", []
         return True

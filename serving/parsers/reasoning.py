@@ -76,6 +76,13 @@ class ReasoningParser:
         self._ends = (form.end,) if form.calls is None else (form.end, form.calls)
         self._held = ""
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the text so far ends in the thinking, its opening marker included."""
+        if self._state == "start":
+            return self._thinks or bool(self._held.strip())
+        return self._state in ("open", "thinking")
+
     def push(self, text: str) -> tuple[str, str]:
         """The thinking, and the text behind it, that are certain now."""
         self._held += text

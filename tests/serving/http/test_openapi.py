@@ -74,7 +74,7 @@ def test_what_needs_a_key():
                         assert ("security" in operation) == (path in needing)
                         assert ("401" in operation["responses"]) == (path in needing)
 
-    run(main)
+    run(main, 60)
 
 
 def test_every_documented_field_exists():

@@ -497,3 +497,30 @@ def test_openai_client_tools_and_parse():
         await asyncio.sleep(0)
 
     chatting(CALL, check=check)
+
+
+def test_usage_tells_the_tokens_of_the_thinking():
+    async def check(chat):
+        def ids(text):
+            return len(TOKENIZER._fast.encode(text, add_special_tokens=False).ids)
+
+        for body in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+            restart(chat, THOUGHT)
+            response = await chat.http.post(CHAT, json={"messages": [USER]} | body)
+            if body:
+                usage = json.loads(events_of(response.text)[-2])["usage"]
+            else:
+                usage = response.json()["usage"]
+            thought = ids(THOUGHT[: THOUGHT.index("</think>") + len("</think>")])
+            assert abs(usage["reasoning_tokens"] - thought) <= 3
+            assert usage["reasoning_tokens"] < usage["completion_tokens"]
+
+    chatting(THOUGHT, check=check, reasoning_parser="deepseek-r1")
+
+
+def test_usage_has_no_word_on_thinking_that_nobody_looks_for():
+    async def check(chat):
+        whole = await chat.http.post(CHAT, json={"messages": [USER], "max_tokens": 3})
+        assert "reasoning_tokens" not in whole.json()["usage"]
+
+    chatting(THOUGHT, check=check)

@@ -168,6 +168,7 @@ def test_an_answer_that_is_nothing_but_calls(name, text):
         "<tool_call>not json</tool_call> behind",
         '<tool_call>{"no_name": 1}</tool_call>!',
         f"{DS[0]}nonsense{DS_END}",
+        f"{DS[0]}{DS_END}",
         f"{DS[0]}{DS[1]}{DS[3]}{DS_END} behind",
         f"{DS[1]}function",
         "<|tool_call_begin|>???<|tool_call_argument_begin|>{}<|tool_call_end|>",
