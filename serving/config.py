@@ -579,8 +579,8 @@ def parse_args(argv: list[str]) -> ServerConfig:
     if dp_size > 1 and not enable_dpa:
         raise ConfigError(
             f"--dp-size {dp_size} without --enable-dp-attention means {dp_size} full replicas, "
-            "which scripts/launch_server.py will start behind the router (not part of this "
-            "version); add --enable-dp-attention for DP attention in one engine."
+            "which scripts/launch_server.py starts behind the router; add --enable-dp-attention "
+            "for DP attention in one engine."
         )
     given = {name: value for name, value in args.items() if value is not None}
     if given.get("moe_a2a_backend") == "deepep":

@@ -11,6 +11,7 @@ import codecs
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -21,8 +22,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders
 
 from serving.gguf_tokenizer import GGUFTokenizerError, read_gguf_tokenizer
+from serving.template_features import TemplateFeatures, probe_template
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+
+LONG_TOKENS = 1000
+"""Longer lists are decoded as a batch of one: only batches release the interpreter lock."""
 
 
 class TokenizerError(ValueError):
@@ -179,10 +184,10 @@ class Tokenizer:
         """Whether `render_chat` can work."""
         return self._template is not None
 
-    @property
-    def offers_tools(self) -> bool:
-        """Whether the chat template tells the model of functions it can call."""
-        return self.chat_template is not None and "tools" in self.chat_template
+    @cached_property
+    def template_features(self) -> TemplateFeatures:
+        """What the chat template does with functions."""
+        return probe_template(self.render_chat)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """A batch of one: only batches release the interpreter lock while they work."""
@@ -251,7 +256,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids at once."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(ids) > LONG_TOKENS:
+            (text,) = self._fast.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+            return text
+        text = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -372,21 +381,28 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._overlaps = [_Overlap(stop) for stop in stops]
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that no stop string can begin in, and the stop string found, if any."""
-        if not self._stops:
+        if not self._overlaps:
             return text, None
+        num_held = len(self._held)
         self._held += text
-        found = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
+        found = []
+        for overlap in self._overlaps:
+            end = overlap.push(text)
+            if end is not None:
+                end += num_held
+                found.append((end, end - len(overlap.stop), overlap.stop))
         if found:
             _, start, stop = min(found)
             text, self._held = self._held[:start], ""
+            for overlap in self._overlaps:
+                overlap.length = 0
             return text, stop
-        keep = max(self._overlap(stop) for stop in self._stops)
-        cut = len(self._held) - keep
+        cut = len(self._held) - max(overlap.length for overlap in self._overlaps)
         text, self._held = self._held[:cut], self._held[cut:]
         return text, None
 
@@ -395,12 +411,49 @@ class StopMatcher:
         text, self._held = self._held, ""
         return text
 
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest beginning of `stop` that the held text ends with."""
-        for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
-            if self._held.endswith(stop[:length]):
-                return length
-        return 0
+
+class _Overlap:
+    """How long a beginning of one stop string a growing text ends with, by Knuth, Morris and Pratt.
+
+    A character takes the same time however much of the stop string stands before it: stop strings
+    are the clients' own, and all streams wait for this.
+
+    Attributes:
+        length: of that beginning, less than the stop string's.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        self._borders = [0]  # of stop[: i + 1]; made when they are needed
+
+    def push(self, text: str) -> int | None:
+        """Where in `text` the stop string's first occurrence ends, None without one."""
+        stop, length, at = self.stop, self.length, 0
+        while at < len(text):
+            if not length:
+                at = text.find(stop[0], at)
+                if at < 0:
+                    break
+            while length and stop[length] != text[at]:
+                length = self._border(length)
+            length += stop[length] == text[at]
+            at += 1
+            if length == len(stop):
+                self.length = 0
+                return at
+        self.length = length
+        return None
+
+    def _border(self, length: int) -> int:
+        """Length of the longest shorter beginning of stop[:length] that is also its end."""
+        stop, borders = self.stop, self._borders
+        while len(borders) < length:
+            border = borders[-1]
+            while border and stop[border] != stop[len(borders)]:
+                border = borders[border - 1]
+            borders.append(border + (stop[border] == stop[len(borders)]))
+        return borders[length - 1]
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio.events import TimerHandle
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -39,6 +40,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_request = self._in_head = False
         self._refused = False
         self._deadline: TimerHandle | None = None
+        self._cycles: deque[Any] = deque()  # uvicorn's requests that may be without their answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -46,6 +48,12 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
+        # uvicorn tells only the last of pipelined requests, and the one that runs is the first.
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self._cycles.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -92,6 +100,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._in_head = False
             self._expect_within(self.body_timeout_s)
             super().on_headers_complete()
+            while self._cycles and self._cycles[0].response_complete:
+                self._cycles.popleft()
+            self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0

@@ -43,8 +43,9 @@ from serving.http.sse import Events, stream, unless_disconnected
 from serving.http.state import WEIGHT_VERSION, ServerState
 from serving.http.tool_use import ToolUse, tool_use
 from serving.parsers.answer import Piece, Reading
+from serving.parsers.calls import CallDelta
 from serving.parsers.reasoning import REASONING_FORMATS, ReasoningFormat
-from serving.parsers.tool_calls import CallDelta
+from serving.parsers.tool_calls import call_id
 from serving.request import MAX_TOP_LOGPROBS, Grammar, Thinking
 from serving.tokenizer import Tokenizer
 
@@ -98,11 +99,14 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
         jobs=[Job(prompt=ids, sampling=sample) for sample in samples(sampling, num)],
         logprobs=logprobs,
         reading=Reading(
-            reasoning=None if body.separate_reasoning is False else reasoning,
-            opened=prompt.opened,
+            reasoning=reasoning,
+            separate=body.separate_reasoning is not False,
+            begins=prompt.begins,
             whole_reasoning=body.stream_reasoning is False,
             tools=use.form,
             schemas=use.schemas,
+            ids="openai" if use.native is None else use.native.ids,
+            calls_before=prompt.num_calls,
         ),
     )
 
@@ -137,13 +141,13 @@ def _thinking(
     reasoning: ReasoningFormat | None, prompt: Prompt, tokenizer: Tokenizer
 ) -> Thinking | None:
     """The thinking that may stand in front of what a grammar governs."""
-    if reasoning is None:
+    if reasoning is None or prompt.begins == "answer":
         return None
     ids = tokenizer.special_ids((reasoning.start, reasoning.end))
     return Thinking(
         start=ids.get(reasoning.start, reasoning.start),
         end=ids.get(reasoning.end, reasoning.end),
-        opened=prompt.opened,
+        opened=prompt.begins in ("opened", "thinking"),
         always=reasoning.always,
     )
 
@@ -185,15 +189,17 @@ async def told(
             piece.calls += last.calls
             if reason == "stop" and parser.has_calls:
                 reason = "tool_calls"
-        piece.calls = [_with_id(state, part) for part in piece.calls]
+        piece.calls = [_with_id(state, call, part) for part in piece.calls]
         yield Told(delta=delta, piece=piece, finish_reason=reason)
 
 
-def _with_id(state: ServerState, part: CallDelta) -> CallDelta:
+def _with_id(state: ServerState, call: Call, part: CallDelta) -> CallDelta:
     """A call's first piece has an id, ours where the model gave none."""
     if part.name is None or part.id is not None:
         return part
-    return replace(part, id=f"call_{state.new_id()[:24]}")
+    fresh, reading = state.new_id(), call.reading
+    number = reading.calls_before + part.index
+    return replace(part, id=call_id(reading.ids, name=part.name, number=number, fresh=fresh))
 
 
 async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:

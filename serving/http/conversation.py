@@ -11,8 +11,9 @@ import msgspec
 from serving.http.errors import ApiError
 from serving.http.protocol import ChatBody, Message, MessageToolCall
 from serving.http.tool_use import ToolUse
-from serving.parsers.reasoning import ReasoningFormat
-from serving.parsers.tool_calls import describe_tools
+from serving.parsers.reasoning import Begins, ReasoningFormat, begins
+from serving.parsers.tool_calls import REQUIRED_CALLS, ToolFormat, describe_tools
+from serving.template_features import CallArguments, TemplateFeatures
 from serving.tokenizer import ChatTemplateError, Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -25,11 +26,13 @@ TAIL_TOKENS = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """Attributes:
-    opened: it ends inside the answer's thinking.
+    begins: where in its thinking the answer begins.
+    num_calls: calls that the conversation holds.
     """
 
     ids: list[int]
-    opened: bool
+    begins: Begins = "free"
+    num_calls: int = 0
 
 
 def chat_prompt(
@@ -46,8 +49,12 @@ def chat_prompt(
                 "input_ids and continue_final_message cannot be used together.",
                 param="continue_final_message",
             )
-        tail = tokenizer.decode(body.input_ids[-TAIL_TOKENS:], skip_special_tokens=False)
-        return Prompt(ids=body.input_ids, opened=_is_opened(tail, reasoning))
+        known = [i for i in body.input_ids[-TAIL_TOKENS:] if 0 <= i < tokenizer.vocab_size]
+        tail = tokenizer.decode(known, skip_special_tokens=False)
+        return Prompt(
+            ids=body.input_ids,
+            begins="free" if reasoning is None else begins(tail, "", reasoning),
+        )
     messages, begun = to_messages(body), ""
     if body.continue_final_message:
         if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
@@ -56,22 +63,76 @@ def chat_prompt(
                 param="continue_final_message",
             )
         begun = messages.pop()["content"]
+    num_calls = sum(len(message.get("tool_calls", ())) for message in messages)
     shown: list[dict[str, Any]] | None = list(use.tools) or None
-    if use.tools and not tokenizer.offers_tools:
-        messages, shown = _described(messages, use), None
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
     try:
+        if shown or num_calls or any(message["role"] == "tool" for message in messages):
+            features = tokenizer.template_features
+            messages = fitted(messages, features, use.form or use.native or REQUIRED_CALLS)
+            if shown and not features.tools:
+                messages, shown = _described(messages, use), None
         text = tokenizer.render_chat(messages, variables, shown)
-        opened = _is_opened(text, reasoning) and (reasoning is None or reasoning.end not in begun)
-        return Prompt(ids=tokenizer.encode_rendered(text + begun), opened=opened)
+        return Prompt(
+            ids=tokenizer.encode_rendered(text + begun),
+            begins="free" if reasoning is None else begins(text, begun, reasoning),
+            num_calls=num_calls,
+        )
     except ChatTemplateError as error:
         raise ApiError(str(error), param="messages") from None
 
 
-def _is_opened(text: str, reasoning: ReasoningFormat | None) -> bool:
-    return reasoning is not None and text.rstrip().endswith(reasoning.start)
+def fitted(
+    messages: Sequence[dict[str, Any]], features: TemplateFeatures, form: ToolFormat
+) -> list[dict[str, Any]]:
+    """The messages so that the template shows their calls and results: those that it would leave
+    out become text of the assistant and of the user.
+
+    Args:
+        form: how to write a call.
+    """
+    told: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # of called functions, by the ids of the calls
+    in_results = False
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        names |= {call["id"]: call["function"]["name"] for call in calls if "id" in call}
+        is_result = message["role"] == "tool" and not features.results
+        if calls:
+            told += _with_calls(message, features, form)
+        elif is_result:
+            name = message.get("name") or names.get(message.get("tool_call_id", ""), "the call")
+            text = f"Result of {name}:\n{message['content']}"
+            if in_results:  # many templates want user and assistant in turn
+                told[-1] = {"role": "user", "content": f"{told[-1]['content']}\n\n{text}"}
+            else:
+                told.append({"role": "user", "content": text})
+        else:
+            told.append(message)
+        in_results = is_result
+    return told
+
+
+def _with_calls(
+    message: dict[str, Any], features: TemplateFeatures, form: ToolFormat
+) -> list[dict[str, Any]]:
+    """A message with calls, as the template takes it."""
+    content = message["content"]
+    if features.calls == "hidden":
+        functions = [call["function"] for call in message["tool_calls"]]
+        written = [form.write(each["name"], str(each["arguments"])) for each in functions]
+        rest = {key: value for key, value in message.items() if key != "tool_calls"}
+        return [{**rest, "content": "\n".join([*([content] if content else []), *written])}]
+    if features.calls == "text":
+        return [message]
+    silent = {**message, "content": None}
+    if not content:
+        return [silent]
+    silent.pop("reasoning_content", None)
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return [rest, silent]
 
 
 def to_messages(body: ChatBody) -> list[dict[str, Any]]:
@@ -108,9 +169,7 @@ def _to_message(message: Message, where: str) -> dict[str, Any]:
         told["tool_calls"] = [
             _to_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
         ]
-        # Some templates (DeepSeek-V3's) show calls only where there is no content.
-        told["content"] = content or None
-    elif content is None:
+    if content is None:
         if message.role != "assistant":
             raise ApiError(f"{where}.content is missing.", param="messages")
         told["content"] = ""
@@ -134,26 +193,6 @@ def _text(message: Message, where: str) -> str | None:
     return " ".join(part.text or "" for part in content)
 
 
-class _Arguments(dict[str, Any]):
-    """The arguments of a call for templates, which disagree about what they are.
-
-    Some treat them as an object (`arguments | tojson`), some as its text (`'...' + arguments`).
-    """
-
-    def __init__(self, value: dict[str, Any], text: str) -> None:
-        super().__init__(value)
-        self._text = text
-
-    def __str__(self) -> str:
-        return self._text
-
-    def __add__(self, other: str) -> str:
-        return self._text + other
-
-    def __radd__(self, other: str) -> str:
-        return other + self._text
-
-
 def _to_call(call: MessageToolCall, where: str) -> dict[str, Any]:
     given = call.function.arguments
     text = given if isinstance(given, str) else msgspec.json.encode(given or {}).decode()
@@ -167,14 +206,13 @@ def _to_call(call: MessageToolCall, where: str) -> dict[str, Any]:
         )
     told = {
         "type": call.type,
-        "function": {"name": call.function.name, "arguments": _Arguments(value, text or "{}")},
+        "function": {"name": call.function.name, "arguments": CallArguments(value, text or "{}")},
     }
     return told if call.id is None else {"id": call.id, **told}
 
 
 def _described(messages: Sequence[dict[str, Any]], use: ToolUse) -> list[dict[str, Any]]:
     """The messages with a description of the functions, for a template that offers none."""
-    assert use.form is not None
     text = describe_tools(use.tools, use.form)
     first = messages[0] if messages else None
     if first is not None and first["role"] == "system":

@@ -26,6 +26,9 @@ from serving.tokenizer import StopMatcher, Tokenizer
 
 T = TypeVar("T")
 
+REPLAY_TOKENS = 512
+"""Of an answer that goes on, decoded in one go: other streams wait meanwhile."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerToken:
@@ -180,7 +183,7 @@ async def _deltas(
     """The deltas of one request. Leaving before its end aborts it in the engine."""
     decoder = _AnswerDecoder(state.tokenizer, job, call)
     if call.continued:
-        yield _replay(index, job, request.rid, decoder)
+        yield await _replay(index, job, request.rid, decoder)
         if job.finished:
             return
     num_prompt = len(job.prompt) + len(job.begun)
@@ -216,10 +219,12 @@ async def _deltas(
                 return
 
 
-def _replay(index: int, job: Job, rid: str, decoder: _AnswerDecoder) -> Delta:
+async def _replay(index: int, job: Job, rid: str, decoder: _AnswerDecoder) -> Delta:
     """What the reader of an answer has of it. Brings the decoder to where the answer goes on."""
     pieces, tokens, matched = [], [], None
-    for token_id in job.begun:
+    for number, token_id in enumerate(job.begun):
+        if number and number % REPLAY_TOKENS == 0:
+            await asyncio.sleep(0)
         event = TokenEvent(rid, token_id)
         tokens.append(AnswerToken(event=event, text_offset=decoder.num_chars))
         text, _, matched = decoder.push(event)

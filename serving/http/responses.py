@@ -63,6 +63,8 @@ ROLES = ("user", "assistant", "system", "developer")
 TEXT_PARTS = ("input_text", "output_text", "text")
 THOUGHT_PARTS = ("reasoning_text",)
 SUMMARIES = ("auto", None)
+MAX_METADATA = 16
+"""Pairs, as at OpenAI: every event that holds the response repeats them."""
 _OWN = ("tools", "tool_choice", *RESPONSES_NOT_SERVED)
 """Fields that the chat route has in another form, or under the same name by chance."""
 
@@ -72,7 +74,8 @@ async def create_response(state: ServerState, request: Request) -> Response:
     began = state.timer()
     body = await read_body(request, ResponsesBody)
     try:
-        chat = to_chat_body(body)
+        # Tokenising a long text takes seconds: other streams must not wait for it.
+        chat = await off_loop(request, to_chat_body, body)
         call = await off_loop(request, to_call, state, chat, request.headers, began)
         await check_constraint(request, chat, state.grammars, [call])
     except ApiError as error:
@@ -95,6 +98,11 @@ def to_chat_body(body: ResponsesBody) -> ChatBody:
         raise ApiError(
             f"max_output_tokens must be positive, got {body.max_output_tokens}.",
             param="max_output_tokens",
+        )
+    if len(body.metadata or ()) > MAX_METADATA:
+        raise ApiError(
+            f"metadata may hold {MAX_METADATA} pairs, got {len(body.metadata or ())}.",
+            param="metadata",
         )
     same = {
         name: getattr(body, name)
@@ -175,7 +183,9 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
                 messages.append(Message(role="assistant"))
             function = CalledFunction(name=item.name, arguments=item.arguments)
             call = MessageToolCall(id=item.call_id, function=function)
-            messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
+            if messages[-1].tool_calls is None:
+                messages[-1].tool_calls = []
+            messages[-1].tool_calls.append(call)
         case "function_call_output":
             if item.call_id is None:
                 raise ApiError(f"{where} needs call_id.", param="input")

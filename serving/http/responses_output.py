@@ -30,7 +30,7 @@ from serving.http.responses_protocol import (
     TextDone,
 )
 from serving.parsers.answer import Piece
-from serving.parsers.tool_calls import CallDelta
+from serving.parsers.calls import CallDelta
 
 Event = msgspec.Struct
 

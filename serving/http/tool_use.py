@@ -24,7 +24,8 @@ from serving.request import Grammar
 
 CHOICES = ("auto", "none", "required")
 MAX_TOOLS = 512
-DEFINITIONS = ("$defs", "definitions")
+VALUES = ("const", "enum", "default", "examples")
+"""Keywords of a schema that hold values, not schemas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +35,14 @@ class ToolUse:
     Attributes:
         tools: as templates expect them; empty where none are shown.
         form: how calls are written; None leaves them in the content.
+        native: the model's own format, also where `form` is another; None where nothing tells.
         schemas: the parameters of the functions, by name.
         grammar: what a demanded call looks like; None where calls are free.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
     form: ToolFormat | None = None
+    native: ToolFormat | None = None
     schemas: dict[str, Any] = field(default_factory=dict)
     grammar: Grammar | None = None
 
@@ -63,6 +66,7 @@ def tool_use(body: ChatBody, *, parser: str, chat_template: str | None) -> ToolU
             f"'{choice[:64]}'.",
             param="tool_choice",
         )
+    native = _native(parser, chat_template)
     if not tools:
         if choice == "required":
             raise ApiError(
@@ -73,15 +77,21 @@ def tool_use(body: ChatBody, *, parser: str, chat_template: str | None) -> ToolU
                 "Tools cannot be empty if tool choice is set to a specific tool.",
                 param="tool_choice",
             )
-        return ToolUse()
+        return ToolUse(native=native)
     _check(tools)
     if choice == "none":
-        return ToolUse()
+        return ToolUse(native=native)
     shown = tuple(_shown(tool) for tool in tools)
     schemas = {tool.function.name: _parameters(tool) for tool in tools}
     if choice == "auto":
-        form = _format(parser, chat_template)
-        return ToolUse(tools=shown, form=form, schemas=schemas)
+        if native is None and parser != "none":
+            raise ApiError(
+                "The chat template of this model does not show how it writes tool calls: start the "
+                f"server with --tool-call-parser ({', '.join(TOOL_FORMATS)}, or none to get them "
+                "as text), or set tool_choice to 'required' or to a function.",
+                param="tools",
+            )
+        return ToolUse(tools=shown, form=native, native=native, schemas=schemas)
     demanded = tools
     if isinstance(choice, NamedTool):
         name = choice.function.name
@@ -89,12 +99,18 @@ def tool_use(body: ChatBody, *, parser: str, chat_template: str | None) -> ToolU
         if not demanded:
             raise ApiError(f"Tool '{name}' not found in tools list.", param="tool_choice")
     one = isinstance(choice, NamedTool) or body.parallel_tool_calls is False
-    schema = _calls_schema(demanded, most=1 if one else None)
+    try:
+        schema = msgspec.json.encode(_calls_schema(demanded, most=1 if one else None)).decode()
+    except RecursionError:
+        raise ApiError(
+            "A function has invalid 'parameters' schema: it is nested too deeply.", param="tools"
+        ) from None
     return ToolUse(
         tools=shown,
         form=REQUIRED_CALLS,
+        native=native,
         schemas=schemas,
-        grammar=Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode()),
+        grammar=Grammar(kind="json_schema", text=schema),
     )
 
 
@@ -112,6 +128,11 @@ def _check(tools: list[Tool]) -> None:
             problem = "is used twice" if name else "is empty"
             raise ApiError(f"tools[{i}].function.name {problem}.", param="tools")
         names.add(name)
+        if isinstance(parameters, dict) and not isinstance(parameters.get("properties", {}), dict):
+            raise ApiError(
+                f"Tool {i} function has invalid 'parameters' schema: properties must be an object.",
+                param="tools",
+            )
         if parameters is not None and not isinstance(parameters, dict):
             raise ApiError(
                 f"Tool {i} function has invalid 'parameters' schema: it must be an object.",
@@ -119,23 +140,10 @@ def _check(tools: list[Tool]) -> None:
             )
 
 
-def _format(parser: str, chat_template: str | None) -> ToolFormat | None:
-    """How a free call is written.
-
-    Raises:
-        ApiError: nothing tells.
-    """
-    if parser == "none":
-        return None
+def _native(parser: str, chat_template: str | None) -> ToolFormat | None:
+    """How the model writes calls by itself; None where nothing tells, or nobody wants to know."""
     name = infer_tool_format(chat_template or "") if parser == "auto" else parser
-    if name is None:
-        raise ApiError(
-            "The chat template of this model does not show how it writes tool calls: start the "
-            f"server with --tool-call-parser ({', '.join(TOOL_FORMATS)}, or none to get them as "
-            "text), or set tool_choice to 'required' or to a function.",
-            param="tools",
-        )
-    return TOOL_FORMATS[name]
+    return None if name is None or name == "none" else TOOL_FORMATS[name]
 
 
 def _shown(tool: Tool) -> dict[str, Any]:
@@ -150,24 +158,15 @@ def _parameters(tool: Tool) -> dict[str, Any]:
 
 
 def _calls_schema(tools: list[Tool], *, most: int | None) -> dict[str, Any]:
-    """A JSON array of calls of these functions.
-
-    Raises:
-        ApiError: two functions define different things under one name.
-    """
-    definitions: dict[str, dict[str, Any]] = {}
-    calls = []
+    """A JSON array of calls of these functions."""
+    definitions, calls = {}, []
     for i, tool in enumerate(tools):
-        parameters = dict(_parameters(tool))
-        # References are from the top of a schema, so what they name must stand there.
-        for key in DEFINITIONS:
-            for name, schema in (parameters.pop(key, None) or {}).items():
-                if definitions.setdefault(key, {}).setdefault(name, schema) != schema:
-                    raise ApiError(
-                        f"Tool {i} function has invalid 'parameters' schema: {key}.{name} is "
-                        "defined otherwise by another function.",
-                        param="tools",
-                    )
+        parameters = _parameters(tool)
+        # References are from the top of a schema: one that has some is moved, and they with it.
+        moved = _moved(parameters, f"#/$defs/{i}")
+        if moved != parameters:
+            definitions[str(i)] = moved
+            parameters = {"$ref": f"#/$defs/{i}"}
         calls.append(
             {
                 "type": "object",
@@ -177,5 +176,22 @@ def _calls_schema(tools: list[Tool], *, most: int | None) -> dict[str, Any]:
             }
         )
     items = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    limit = {} if most is None else {"maxItems": most}
-    return {"type": "array", "minItems": 1, **limit, "items": items, **definitions}
+    schema = {"type": "array", "minItems": 1, "items": items}
+    if most is not None:
+        schema["maxItems"] = most
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _moved(schema: Any, where: str) -> Any:
+    """A schema whose references to itself hold where it now is; examples and values are left."""
+    if isinstance(schema, list):
+        return [_moved(part, where) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and (value == "#" or value[:2] == "#/"):
+            moved[key] = where + value[1:]
+        else:
+            moved[key] = value if key in VALUES else _moved(value, where)
+    return moved

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.parsers.reasoning import ReasoningFormat, ReasoningParser
-from serving.parsers.tool_calls import CallDelta, ToolFormat, ToolParser
+from serving.parsers.calls import CallDelta, ToolParser
+from serving.parsers.reasoning import Begins, ReasoningFormat, ReasoningParser
+from serving.parsers.tool_calls import CallIds, ToolFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,18 +16,24 @@ class Reading:
     """How the answers to one prompt are read.
 
     Attributes:
-        reasoning: how thinking is marked; None leaves it in the content.
-        opened: the prompt ends inside the thinking.
+        reasoning: how thinking is marked; None where nothing tells.
+        separate: hand out the thinking by itself; else it stays in the content, marks and all.
+        begins: where in its thinking an answer begins.
         whole_reasoning: hand the thinking out in one piece, when it is complete.
         tools: how calls are written; None leaves them in the content.
         schemas: the parameters of the functions, by name.
+        ids: what ids calls get that the model gave none.
+        calls_before: calls in the conversation so far.
     """
 
     reasoning: ReasoningFormat | None = None
-    opened: bool = False
+    separate: bool = True
+    begins: Begins = "free"
     whole_reasoning: bool = False
     tools: ToolFormat | None = None
     schemas: Mapping[str, Any] = field(default_factory=dict)
+    ids: CallIds = "openai"
+    calls_before: int = 0
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -39,7 +46,7 @@ class Reading:
         """A parser for one answer."""
         form, tools = self.reasoning, self.tools
         return AnswerParser(
-            None if form is None else ReasoningParser(form, opened=self.opened),
+            ReasoningParser(form, self.begins) if form is not None and self.separate else None,
             None if tools is None else tools.make(self.schemas),
             whole_reasoning=self.whole_reasoning,
         )
@@ -71,7 +78,7 @@ class AnswerParser:
         self._reasoning, self._tools = reasoning, tools
         self._whole = whole_reasoning
         self._thoughts: list[str] = []
-        self._blanks = ""
+        self._blanks: list[str] = []
         self.has_calls = False
 
     def push(self, text: str) -> Piece:
@@ -101,16 +108,18 @@ class AnswerParser:
             for event in self._tools.push(text) + (self._tools.finish() if ended else []):
                 self._take(event, piece)
             if ended and not self.has_calls:
-                piece.content += self._blanks
+                piece.content += "".join(self._blanks)
         return piece
 
     def _take(self, event: str | CallDelta, piece: Piece) -> None:
         """Add content or a call. Blanks around calls are dropped: they are layout, not content."""
         if isinstance(event, CallDelta):
-            self.has_calls, self._blanks = True, ""
+            self.has_calls = True
+            self._blanks.clear()
             piece.calls.append(event)
             return
-        text = self._blanks + event
-        content = text.rstrip()
-        self._blanks = text[len(content) :]
-        piece.content += content
+        content = event.rstrip()
+        if content:
+            piece.content += "".join((*self._blanks, content))
+            self._blanks.clear()
+        self._blanks.append(event[len(content) :])

@@ -18,11 +18,13 @@ class ReasoningFormat:
 
     Attributes:
         always: every answer begins with thinking, with or without its opening marker.
+        calls: marker of tool calls that ends the thinking, too: some models forget the other.
     """
 
     start: str = "<think>"
     end: str = "</think>"
     always: bool = False
+    calls: str | None = None
 
 
 REASONING_FORMATS = {
@@ -30,27 +32,48 @@ REASONING_FORMATS = {
     "deepseek-v3": ReasoningFormat(),
     "glm45": ReasoningFormat(),
     "kimi": ReasoningFormat(start="◁think▷", end="◁/think▷"),
-    "kimi_k2": ReasoningFormat(),
+    "kimi_k2": ReasoningFormat(calls="<|tool_calls_section_begin|>"),
     "qwen3": ReasoningFormat(),
     "qwen3-thinking": ReasoningFormat(always=True),
 }
 """By the names of --reasoning-parser."""
 
 
+Begins = Literal["free", "opened", "thinking", "answer"]
+"""Where an answer begins: anywhere, behind the opening marker that ends its prompt, in the middle
+of thinking, or behind all thinking."""
 State = Literal["start", "open", "thinking", "closed", "answer"]
 
 
-class ReasoningParser:
-    """One answer. `opened`: the prompt ends with the opening marker, so the answer thinks at once.
+def begins(prompt: str, begun: str, form: ReasoningFormat) -> Begins:
+    """Where an answer begins.
 
-    Without `opened`, an answer that does not begin with the marker is no thinking at all (but see
-    `ReasoningFormat.always`).
+    Args:
+        prompt: the end of what the template rendered.
+        begun: the answer's text that the client wrote behind it.
     """
+    start, end = begun.rfind(form.start), begun.rfind(form.end)
+    if end > start:
+        return "answer"
+    if start >= 0:
+        return "opened" if begun.rstrip().endswith(form.start) else "thinking"
+    prompt = prompt.rstrip()
+    if prompt.endswith(form.start):
+        return "thinking" if begun.strip() else "opened"
+    return "answer" if begun.strip() or prompt.endswith(form.end) else "free"
 
-    def __init__(self, form: ReasoningFormat, *, opened: bool) -> None:
+
+class ReasoningParser:
+    """One answer. One that begins "free" and not with the opening marker is no thinking at all (but
+    see `ReasoningFormat.always`)."""
+
+    def __init__(self, form: ReasoningFormat, where: Begins = "free") -> None:
         self._form = form
-        self._thinks = opened or form.always
+        self._thinks = where == "opened" or (where == "free" and form.always)
         self._state: State = "start"
+        if where in ("thinking", "answer"):
+            self._state = where
+        self._ends = (form.end,) if form.calls is None else (form.end, form.calls)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str]:
@@ -62,12 +85,14 @@ class ReasoningParser:
         if self._state == "open":
             self._skip_blanks("thinking")
         if self._state == "thinking":
-            before, end, rest = cut(self._held, (self._form.end,))
+            before, end, rest = cut(self._held, self._ends)
             thought = before.rstrip()
             # Blanks at the end may be those in front of the marker.
             self._held = rest if end else before[len(thought) :] + rest
             if end:
                 self._state = "closed"
+                if end == self._form.calls:
+                    self._held = end + rest
         if self._state == "closed":
             self._skip_blanks("answer")
         if self._state != "answer":
@@ -78,7 +103,7 @@ class ReasoningParser:
     def finish(self) -> tuple[str, str]:
         """What was held back, after the last piece."""
         held, self._held = self._held, ""
-        if self._state == "start" and not self._thinks:
+        if self._state == "answer" or (self._state == "start" and not self._thinks):
             return "", held
         return held.rstrip(), ""
 

@@ -1,9 +1,13 @@
 """`return_token_ids` and `continue_from`: a stream that broke goes on on another worker."""
 
+import asyncio
 import json
 
 import pytest
 
+from serving.http.calls import Job
+from serving.http.generation import REPLAY_TOKENS, _replay
+from serving.request import SamplingParams
 from tests.fakes import FakeEngine, answer, scripted
 from tests.serving.http.support import TOKENIZER, events_of, run, serving
 
@@ -161,5 +165,35 @@ def test_what_cannot_go_on_is_a_400(changes, text):
             assert error["param"] == "continue_from"
             assert engine.seen == []
             assert state._live == {}
+
+    run(main)
+
+
+class _Letters:
+    """A decoder whose every token is one letter."""
+
+    num_chars = 0
+
+    def push(self, event):
+        return "a", event.finish_reason, None
+
+
+def test_others_run_while_a_long_answer_is_read_again():
+    async def main():
+        turns = 0
+
+        async def others():
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        sampling = SamplingParams(max_tokens=10 * REPLAY_TOKENS)
+        job = Job(prompt=(1,), sampling=sampling, begun=(5,) * (8 * REPLAY_TOKENS))
+        task = asyncio.create_task(others())
+        delta = await _replay(0, job, "r", _Letters())
+        task.cancel()
+        assert len(delta.text) == len(delta.tokens) == 8 * REPLAY_TOKENS
+        assert turns >= 7
 
     run(main)

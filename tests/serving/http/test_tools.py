@@ -262,21 +262,40 @@ def test_demanded_calls_follow_a_grammar():
     chatting(says, check=check)
 
 
-def test_definitions_of_schemas_move_to_the_top():
-    city = {"$defs": {"C": {"enum": ["Köln"]}}, "properties": {"city": {"$ref": "#/$defs/C"}}}
-    other = {"$defs": {"C": {"enum": ["Bonn"]}}, "properties": {"city": {"$ref": "#/$defs/C"}}}
-
-    def tool(name, parameters):
-        return {"function": {"name": name, "parameters": {"type": "object", **parameters}}}
+@pytest.mark.parametrize(
+    ("parameters", "right", "wrong"),
+    [
+        (
+            {"$defs": {"C": {"enum": ["x"]}}, "properties": {"v": {"$ref": "#/$defs/C"}}},
+            {"v": "x"},
+            {"v": "y"},
+        ),
+        (  # of itself, not of the list of calls
+            {"properties": {"v": {"$ref": "#"}, "w": {"const": {"$ref": "#"}}}},
+            {"v": {"v": {}, "w": {"$ref": "#"}}},
+            {"v": [{"name": "f", "parameters": {}}]},
+        ),
+    ],
+)
+def test_references_of_demanded_calls_hold(parameters, right, wrong):
+    """Two functions may define different things under one name."""
+    schema = {"type": "object", "additionalProperties": False, **parameters}
+    other = {"$defs": {"C": {"enum": ["z"]}}, "properties": {"v": {"$ref": "#/$defs/C"}}}
+    tools = [{"function": {"name": "f", "parameters": schema}}]
+    tools.append({"function": {"name": "g", "parameters": other}})
 
     async def check(chat):
-        await chat.post(tools=[tool("f", city), tool("g", city)], tool_choice="required")
-        schema = json.loads(chat.engine.seen[-1].sampling.grammar.text)
-        assert schema["$defs"] == {"C": {"enum": ["Köln"]}}
-        body = {"messages": [USER], "tools": [tool("f", city), tool("g", other)]}
-        response = await chat.http.post(CHAT, json=body | {"tool_choice": "required"})
-        assert response.status_code == 400
-        assert "$defs.C is defined otherwise" in response.json()["message"]
+        await chat.post(tools=tools, tool_choice="required")
+        compiler = GrammarCompiler(lambda: TOKENIZER)
+
+        def fits(arguments):
+            matcher = compiler.compile(chat.engine.seen[-1].sampling.grammar).result()
+            text = json.dumps([{"name": "f", "parameters": arguments}])
+            ids = TOKENIZER._fast.encode(text, add_special_tokens=False).ids
+            return matcher.validate_tokens(ids) == len(ids)
+
+        assert fits(right)
+        assert not fits(wrong)
 
     chatting("[]", check=check)
 
@@ -295,6 +314,22 @@ def test_a_schema_that_cannot_be_used_names_the_field():
         assert chat.engine.seen == []
 
     chatting("[]", check=check)
+
+
+@pytest.mark.parametrize("parser", ["qwen", "glm45"])
+@pytest.mark.parametrize("properties", [["city"], "city", None, 5])
+def test_properties_that_are_no_object_are_an_error_of_the_client(parser, properties):
+    """GLM's arguments are read by them, when it is too late for an error."""
+    tool = {"function": {"name": "f", "parameters": {"properties": properties}}}
+
+    async def check(chat):
+        for choice in ("auto", "required"):
+            body = {"messages": [USER], "tools": [tool], "tool_choice": choice}
+            response = await chat.http.post(CHAT, json=body)
+            assert response.status_code == 400, response.text
+            assert "properties must be an object" in response.json()["message"]
+
+    chatting("x", check=check, tool_call_parser=parser)
 
 
 THOUGHT = "Let me see < 3.\n</think>\n\nIt is 3."
