@@ -334,6 +334,7 @@ def _messages(limits: Limits) -> dict[str, Schema]:
             ],
         },
         "InputItem.arguments": {"description": "A JSON object, as text."},
+        "Function.name": {"description": "What the model calls it by.", "minLength": 1},
         "InputPart.type": {"enum": [*TEXT_PARTS, *THOUGHT_PARTS]},
         "ChatBody.input_ids": {
             "description": "Token ids of the whole prompt, instead of messages.",

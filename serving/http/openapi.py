@@ -223,6 +223,7 @@ PARTS_OF_BODIES = (
     "Message",
     "ContentPart",
     "CalledFunction",
+    "Function",
     "InputItem",
     "InputPart",
     "Reasoning",

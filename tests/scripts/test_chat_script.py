@@ -1,14 +1,17 @@
 """scripts/chat.py against the app over a fake engine, in a process of its own."""
 
 import asyncio
+import io
 import os
 import pty
 import signal
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
+from scripts.chat import DIM, PLAIN, connect
 from serving.config import ServerConfig
 from serving.tokenizer import Tokenizer
 from tests.fakes import FakeEngine, scripted
@@ -78,6 +81,29 @@ def test_a_model_without_a_chat_template_completes():
             assert code == 0
             assert "has no chat template" in out
             assert out.endswith(f"{STORY}\n")
+
+    run(main)
+
+
+def test_thinking_is_dimmed_and_not_sent_again():
+    async def main():
+        config = ServerConfig(served_model_name="tiny", reasoning_parser="qwen3")
+        says = telling("<think>Kites, hm.</think>They fly.")
+        async with listening(says, config=config) as (url, _, _engine):
+
+            def talk():
+                with httpx.Client(base_url=url) as http:
+                    talker, out = connect(http), io.StringIO()
+                    reply = talker.ask("Hi", out, colour=True)
+                    return out.getvalue(), reply, talker.messages
+
+            shown, reply, messages = await asyncio.to_thread(talk)
+            thinking, _, said = shown.removeprefix(DIM).partition(PLAIN)
+            assert shown.startswith(DIM)
+            assert (thinking.strip(), said.strip()) == ("Kites, hm.", "They fly.")
+            assert messages[-1] == {"role": "assistant", "content": reply.content}
+            assert reply.content.strip() == "They fly."
+            assert reply.tokens > 6
 
     run(main)
 

@@ -55,6 +55,61 @@ def stops(tokenizer, ids, rng):
     return [*found, "st", "never said"] if rng.random() < 0.5 else found
 
 
+async def both(http, url, body):
+    """The same request whole and as the JSON events of a stream."""
+    whole = await http.post(url, json=body)
+    assert whole.status_code == 200, whole.text
+    streamed = await http.post(url, json=body | {"stream": True})
+    *events, done = events_of(streamed.text)
+    assert done == "[DONE]"
+    return whole.json(), [json.loads(event) for event in events]
+
+
+async def completions(http, prompt, body):
+    """(text, finish reason, what stopped it) of each answer, whole and from the stream."""
+    return await openai_route(http, "/v1/completions", body | {"prompt": prompt})
+
+
+async def chat(http, prompt, body):
+    """The same by the chat route, which takes tokens, too."""
+    return await openai_route(http, "/v1/chat/completions", body | {"input_ids": prompt})
+
+
+async def openai_route(http, url, body):
+    whole, chunks = await both(http, url, body)
+    answers = [(text_of(c), c["finish_reason"], c["matched_stop"]) for c in whole["choices"]]
+    pieces = [chunk["choices"][0] for chunk in chunks]
+    streamed = []
+    for index in range(len(answers)):
+        mine = [piece for piece in pieces if piece["index"] == index]
+        text = "".join(map(text_of, mine))
+        streamed.append((text, mine[-1]["finish_reason"], mine[-1]["matched_stop"]))
+    return answers, streamed
+
+
+def text_of(choice):
+    said = choice.get("message") or choice.get("delta") or choice
+    return said.get("content", said.get("text", ""))
+
+
+async def generate(http, prompt, body):
+    """The same by /generate, whose events hold all text so far."""
+    params = {"max_new_tokens" if k == "max_tokens" else k: v for k, v in body.items()}
+    whole, events = await both(http, "/generate", {"input_ids": prompt, "sampling_params": params})
+    last, so_far = {}, {}
+    for event in events:
+        index = event.get("index", 0)
+        assert event["text"].startswith(so_far.get(index, ""))
+        last[index], so_far[index] = event, event["text"]
+    ended = whole if isinstance(whole, list) else [whole]
+    return [native(end) for end in ended], [native(last[i]) for i in sorted(last)]
+
+
+def native(answer):
+    reason = answer["meta_info"]["finish_reason"]
+    return answer["text"], reason["type"], reason.get("matched")
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_pieces_joined_are_the_whole_answer(name):
     tokenizer, rng = TOKENIZERS[name], random.Random(name)
@@ -76,34 +131,27 @@ def test_pieces_joined_are_the_whole_answer(name):
                 key = divmod(number, 100)
                 script = scripts[key] = answer_tokens(tokenizer, rng)
                 body = {
-                    "prompt": list(key),
                     "max_tokens": rng.choice([3, 100]),
                     "stop": stops(tokenizer, script, rng),
                     "no_stop_trim": rng.random() < 0.2,
                     "skip_special_tokens": rng.random() < 0.7,
                     "n": rng.choice([1, 1, 1, 3]),
                 }
-                whole = (await http.post("/v1/completions", json=body)).json()
-                response = await http.post("/v1/completions", json=body | {"stream": True})
-                *chunks, done = events_of(response.text)
-                assert done == "[DONE]"
-                pieces = [json.loads(chunk)["choices"][0] for chunk in chunks]
-                for choice in whole["choices"]:
-                    mine = [p for p in pieces if p["index"] == choice["index"]]
-                    case = (number, script, body)
-                    assert "".join(p["text"] for p in mine) == choice["text"], case
-                    for field in ("finish_reason", "matched_stop"):
-                        assert mine[-1][field] == choice[field], case
-                    if isinstance(choice["matched_stop"], str):
+                ask = rng.choice([completions, chat, generate])
+                whole, streamed = await ask(http, list(key), body)
+                case = (number, ask.__name__, script, body)
+                assert streamed == whole, case
+                assert len(whole) == body["n"]
+                for text, reason, matched in whole:
+                    assert reason in ("stop", "length"), case
+                    if isinstance(matched, str):
                         num_stopped += 1
-                        kept = choice["matched_stop"] in choice["text"]
-                        assert kept == body["no_stop_trim"], case
+                        assert (matched in text) == body["no_stop_trim"], case
                     elif name != "llama" and not body["no_stop_trim"]:
                         # Nothing is lost: it is what decoding at once gives.
                         said = script[: body["max_tokens"]]
                         skip = body["skip_special_tokens"]
-                        text = tokenizer.decode(said, skip_special_tokens=skip)
-                        assert choice["text"] == text, case
+                        assert text == tokenizer.decode(said, skip_special_tokens=skip), case
             assert num_stopped > num // 5
             assert state._live == {}
             assert engine.running == {}
