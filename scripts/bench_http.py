@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import uvloop
 
-from scripts.benchmarking import emit, say, table
+from scripts.benchmarking import ROOT, emit, say, table
 from serving.config import DEMO_MODEL_PATH, ServerConfig
 from serving.http.server import run
 from serving.messages import (
@@ -204,6 +204,12 @@ def front_main(args: argparse.Namespace) -> int:
         profile.dump_stats(args.profile)
 
 
+def split_cores() -> tuple[str, str]:
+    """The front's core, and those of stub and client; nothing where there is only one."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    return (cores[0], ",".join(cores[1:])) if len(cores) > 1 else ("", "")
+
+
 def pin(cores: str) -> None:
     """Keep this process on these cores ("0,1"); an empty text leaves it where it is."""
     if cores:
@@ -217,16 +223,14 @@ class Front:
         port: where it listens.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        cores = sorted(os.sched_getaffinity(0))
-        own, others = (cores[:1], cores[1:]) if len(cores) > 1 else ([], [])
-        names = [",".join(map(str, part)) for part in (own, others)]
-        command = [sys.executable, __file__, "front", "--step-ms", str(args.step_ms)]
-        command += ["--cores", names[0], "--other-cores", names[1]]
-        if args.profile is not None:
-            command += ["--profile", str(args.profile)]
+    def __init__(
+        self, checkout: Path, *, cores: Sequence[str], step_ms: float, profile: Path | None = None
+    ) -> None:
+        command = [sys.executable, str(checkout / "scripts" / "bench_http.py"), "front"]
+        command += ["--step-ms", str(step_ms), "--cores", cores[0], "--other-cores", cores[1]]
+        if profile is not None:
+            command += ["--profile", str(profile)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        pin(names[1])
         assert self._process.stdout is not None
         self.port = 0
         for line in self._process.stdout:
@@ -426,23 +430,27 @@ async def load(
     return row
 
 
-async def bench(args: argparse.Namespace, front: Front) -> list[dict[str, Any]]:
+async def bench(args: argparse.Namespace, fronts: dict[str, Front]) -> list[dict[str, Any]]:
+    """The rows, for each front the round of least CPU time; several fronts take turns."""
     script = Script(Tokenizer.load(DEMO_MODEL_PATH))
     rows = []
     for kind in args.kinds:
         tokens = args.whole_tokens if kind == "whole" else args.stream_tokens
         for concurrency in args.concurrency:
             num = max(concurrency, args.whole_requests if kind == "whole" else args.streams)
-            await load(front, kind, concurrency, concurrency, tokens, script)  # warm
-            rounds = [
-                await load(front, kind, concurrency, num, tokens, script)
-                for _ in range(args.rounds)
-            ]
-            rows.append(min(rounds, key=lambda row: row["us CPU/request"]))
-            say(table(rows[-1:]))
-    if args.crowd:
+            best: dict[str, dict[str, Any]] = {}
+            for number in range(args.rounds + 1):  # the first one warms
+                for name, front in fronts.items():
+                    row = await load(front, kind, concurrency, num, tokens, script)
+                    if number and (
+                        name not in best or row["us CPU/request"] < best[name]["us CPU/request"]
+                    ):
+                        best[name] = row
+            rows += [{"front": name, **row} for name, row in best.items()]
+            say(table(rows[-len(best) :]))
+    for name, front in fronts.items() if args.crowd else ():
         row = await load(front, "stream", args.crowd, args.crowd, args.crowd_tokens, script)
-        rows.append(row)
+        rows.append({"front": name, **row})
         say(f"{args.crowd} streams at once of {args.crowd_tokens} tokens: nothing lost, in order")
     return rows
 
@@ -453,20 +461,28 @@ def add_hidden(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_main(args: argparse.Namespace) -> int:
-    front = Front(args)
+    cores = split_cores()
+    fronts: dict[str, Front] = {}
     try:
-        rows = uvloop.run(bench(args, front))
-        memory = front.resident_mib
+        checkouts = (
+            {"this": ROOT} if args.against is None else {"this": ROOT, "other": args.against}
+        )
+        for name, checkout in checkouts.items():
+            fronts[name] = Front(checkout, cores=cores, step_ms=args.step_ms, profile=args.profile)
+        pin(cores[1])
+        rows = uvloop.run(bench(args, fronts))
+        memory = {f"{name}_front_mib": front.resident_mib for name, front in fronts.items()}
     except BenchError as error:
         print(f"bench_http.py: error: {error}", file=sys.stderr)
         return 1
     finally:
-        front.stop()
+        for front in fronts.values():
+            front.stop()
     print(table(rows))
     emit(
         "bench_http",
         configuration={"step_ms": args.step_ms, "cores": os.cpu_count()},
-        results={"rows": rows, "front_mib": memory},
+        results={"rows": rows, **memory},
     )
     return 0
 
@@ -486,6 +502,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--crowd-tokens", type=int, default=64)
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of the stub's step")
     parser.add_argument("--profile", type=Path, help="write a cProfile of the front here")
+    parser.add_argument(
+        "--against", type=Path, help="another checkout with this script: both fronts, by turns"
+    )
     return parser
 
 
