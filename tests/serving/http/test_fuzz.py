@@ -32,8 +32,9 @@ def test_wrong_requests_do_no_harm(seed):
             assert statuses[200] > NUM_CASES / 20  # some are right
             assert statuses[400] > NUM_CASES / 3
             assert await is_idle(http) is None
-            await asyncio.sleep(0.05)
-            assert (state._live, engine.running) == ({}, {})
+            assert state._live == {}
+            while engine.running:  # the last words to the engine are on their way
+                await asyncio.sleep(0.01)
             after = await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
             assert after.status_code == 200
 
