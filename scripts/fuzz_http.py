@@ -59,6 +59,15 @@ NUMBERS = [
     float("-inf"),
 ]
 STRINGS = ["", " ", "a", "ü世🪁", "\u0000", "\u202e", "a" * 5000, "null", "true", "0", "[", "{{x}}"]
+JSON_SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    {"enum": ["yes", "no"]},
+    {"$ref": "#/$defs/x", "$defs": {"x": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/x"}]}}},
+    {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+    {"not": {}},
+    {"$ref": "#"},
+]
+BOUNDS = ("minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength")
 ODD_PATHS = ["/", "/nothing", "/v1/../v1/models", "/%00", "/v1/models/ü"]
 RAW = [
     b"",
@@ -201,9 +210,12 @@ class Fuzzer:
             return self._anything(depth)
         if "$ref" in schema:
             return self._draw(self._schemas.get(schema["$ref"].rpartition("/")[2]), depth)
+        if "properties" in schema:
+            return self._object(schema, depth)
         for several in ("anyOf", "oneOf"):
-            if several in schema:
-                return self._draw(rng.choice(schema[several]), depth)
+            if several in schema:  # the bounds of a field stand beside its alternatives
+                bounds = {name: schema[name] for name in BOUNDS if name in schema}
+                return self._draw(bounds | rng.choice(schema[several]), depth)
         if "enum" in schema:
             return rng.choice(schema["enum"])
         if "const" in schema:
@@ -213,7 +225,7 @@ class Fuzzer:
             "object": lambda: self._object(schema, depth),
             "array": lambda: [
                 self._draw(schema.get("items", {}), depth + 1)
-                for _ in range(rng.choice([0, 1, 1, 2, 5]))
+                for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 5]))
             ],
             "string": self._string,
             "integer": lambda: self._number(schema, whole=True),
@@ -227,26 +239,56 @@ class Fuzzer:
 
     def _object(self, schema: dict[str, Any], depth: int) -> dict[str, Any]:
         rng = self._rng
-        needed = schema.get("required", ())
-        chance = rng.choice([0.01, 0.03, 0.1, 0.5])
-        return {
-            name: self._draw(part, depth + 1)
-            for name, part in schema.get("properties", {}).items()
-            if (name in needed and rng.random() < 0.97) or rng.random() < chance
-        }
+        properties = schema.get("properties", {})
+        if not properties:
+            values = schema.get("additionalProperties", {})
+            names = [self._name() for _ in range(rng.randrange(3))]
+            some = {name: self._draw(values, depth + 1) for name in names}
+            return rng.choice([some, *JSON_SCHEMAS])
+        needed, fixed = self._needed(schema)
+        chance = rng.choice([0.0, 0.01, 0.03, 0.1, 0.5])
+        drawn = {}
+        for name, part in properties.items():
+            if name in needed and rng.random() < 0.97:
+                value = self._draw(fixed.get(name, part), depth + 1)
+                for _ in range(5):  # null is allowed by the type, but not here
+                    value = self._draw(part, depth + 1) if value is None else value
+                drawn[name] = value
+            elif rng.random() < chance:
+                drawn[name] = self._draw(part, depth + 1)
+        return drawn
+
+    def _needed(self, schema: dict[str, Any]) -> tuple[set[str], dict[str, Any]]:
+        """Fields without which an object is wrong, and the values that some must have.
+
+        Where there are alternatives, it is one of them.
+        """
+        needed, fixed = set(schema.get("required", ())), {}
+        for name, part in schema.get("properties", {}).items():
+            if "const" in part or "enum" in part:
+                fixed[name] = part
+        parts = [*schema.get("allOf", ()), *(schema[one] for one in ("else",) if one in schema)]
+        parts += [self._rng.choice(schema[one]) for one in ("anyOf", "oneOf") if one in schema]
+        for part in parts:
+            more_needed, more_fixed = self._needed(part)
+            needed, fixed = needed | more_needed, fixed | more_fixed
+        return needed, fixed
+
+    def _name(self) -> str:
+        return self._rng.choice([*STRINGS, *map(str, range(20))])
 
     def _string(self) -> str:
         rng = self._rng
-        if rng.random() < 0.5:
+        if rng.random() < 0.2:
             return rng.choice(STRINGS)
         return "".join(rng.choices(string.printable + "äß€🪁", k=rng.randrange(30)))
 
     def _number(self, schema: dict[str, Any], *, whole: bool) -> float:
         rng = self._rng
         low, high = schema.get("minimum", -3), schema.get("maximum", 300)
-        if rng.random() < 0.15:
+        if rng.random() < 0.03:
             return rng.choice(NUMBERS)
-        if rng.random() < 0.2:
+        if rng.random() < 0.05:
             return rng.choice([low, high, low - 1, high + 1])
         low, high = max(low, -(10**6)), min(high, 10**6)
         return rng.randint(int(low), int(high)) if whole else rng.uniform(low, high)
