@@ -1,7 +1,6 @@
 """`return_token_ids` and `continue_from`: a stream that broke goes on on another worker."""
 
 import asyncio
-import asyncio
 import json
 
 import pytest
