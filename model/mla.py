@@ -14,6 +14,7 @@ from model.batch import ForwardBatch, Rows
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
+from model.ops.kernels import Kernels
 from model.ops.mla_attention import decode_attention, extend_attention
 from model.quantization import saturating_cast
 from model.rope import apply_rope, query_scale
@@ -76,6 +77,7 @@ class MLAttention(nnx.Module):
         cos: jax.Array,
         sin: jax.Array,
         comm: Comm,
+        kernels: Kernels,
     ) -> tuple[jax.Array, jax.Array]:
         """Write the rows' latents into the pool, then attend.
 
@@ -87,7 +89,8 @@ class MLAttention(nnx.Module):
             [T, D], complete, and the updated pool.
         """
         latents = self.latents(x, cos, sin)
-        kv = kv.at[layer, rows.pages, rows.offsets].set(saturating_cast(latents, kv.dtype))
+        entries = saturating_cast(latents, kv.dtype)
+        kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
         q_nope, q_rope = self.queries(x, cos, sin, rows.positions)
         scale, b = self.config.attention_scale, batch.num_decode_rows
         parts = []
@@ -101,6 +104,7 @@ class MLAttention(nnx.Module):
                 batch.decode_tables,
                 batch.decode_positions + 1,
                 scale=scale,
+                kernels=kernels,
             )
             parts.append(jnp.einsum("bhc,hcv->bhv", decoded, self.w_uv[...]))
         if batch.num_prefill_rows:
@@ -110,6 +114,7 @@ class MLAttention(nnx.Module):
                     q_rope[b:],
                     self.w_uk[...],
                     self.w_uv[...],
+                    entries[b:].astype(x.dtype),
                     kv,
                     layer,
                     batch.chunk_tables,
@@ -117,6 +122,7 @@ class MLAttention(nnx.Module):
                     batch.chunk_rows,
                     batch.chunk_start,
                     scale=scale,
+                    kernels=kernels,
                 )
             )
         attended = jnp.concatenate(parts)  # [T, H, V]

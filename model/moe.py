@@ -12,6 +12,7 @@ from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import MLP, ParamFactory
 from model.ops.grouped_mlp import grouped_mlp
+from model.ops.kernels import Kernels
 
 
 class Router(nnx.Module):
@@ -90,7 +91,13 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, experts: Experts, layer: jax.Array, comm: Comm
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        experts: Experts,
+        layer: jax.Array,
+        comm: Comm,
+        kernels: Kernels,
     ) -> tuple[jax.Array, jax.Array]:
         """Route, exchange, compute.
 
@@ -109,6 +116,6 @@ class MoE(nnx.Module):
         )[:-1]
         # The stacks themselves (not `[...]`): FP8 ones are dequantised expert by expert.
         w1, w2 = experts.w1.get_value(), experts.w2.get_value()
-        compute = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=layer)
+        compute = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=layer, kernels=kernels)
         shared = self.shared(x) if self.config.num_shared_experts else None
         return comm.moe(x, ids, weights, compute, w1.shape[1], shared), counts

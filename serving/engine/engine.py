@@ -394,6 +394,10 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
             for role in ("attn_dp", "attn_tp", "moe_ep", "moe_tp")
         },
         "moe_a2a_backend": runner.config.moe_a2a_backend,
+        "kernels": {
+            name: getattr(runner.kernels, name)
+            for name in ("decode_attention", "extend_attention", "grouped_mlp", "unroll")
+        },
         "dtype": str(runner.dtype),
         "kv_cache_dtype": str(runner.kv_dtype),
         "weight_bytes_per_device": runner.spec.device_bytes(),

@@ -1,4 +1,4 @@
-"""Attention over the paged latent cache, in XLA: the definition, and the CPU implementation.
+"""Attention over the paged latent cache: `xla` defines it, `decode` and `extend` are for GPUs.
 
 `decode_attention` is the absorbed form (one query per sequence against the latents, MQA),
 `extend_attention` the naive form (keys and values expanded from the latents, MHA) for the new
@@ -8,9 +8,9 @@ tokens of prompt chunks.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-from model.ops.paged_attention import paged_decode, paged_extend
+from model.ops.kernels import XLA, Kernels
+from model.ops.mla_attention import decode, extend, xla
 
 
 def decode_attention(
@@ -22,6 +22,7 @@ def decode_attention(
     lengths: jax.Array,
     *,
     scale: float,
+    kernels: Kernels = XLA,
 ) -> jax.Array:
     """One query per sequence against its cached latents.
 
@@ -33,20 +34,16 @@ def decode_attention(
         tables: i32 [B, P].
         lengths: i32 [B], KV tokens of each sequence, the new one included; 0 for padding.
         scale: softmax scale.
+        kernels: which implementation.
 
     Returns:
         [B, H, C]: sums of latents, to be multiplied by W_UV; 0 for padding.
     """
-    latent = q_latent.shape[-1]
-    q = jnp.concatenate([q_latent, q_rope], axis=-1)[:, None]  # [B, 1, H, C + R]
-
-    def read(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        c = kv[layer, ids].astype(q.dtype).reshape(q.shape[0], -1, 1, q.shape[-1])
-        return c, c[..., :latent]
-
-    return paged_decode(
-        q, read, tables, lengths, page_size=kv.shape[2], value_dim=latent, scale=scale
-    )[:, 0]
+    if kernels.decode_attention == "xla":
+        return xla.decode_attention(q_latent, q_rope, kv, layer, tables, lengths, scale=scale)
+    return decode.decode_attention(
+        q_latent, q_rope, kv, layer, tables, lengths, scale=scale, interpret=kernels.interpret
+    )
 
 
 def extend_attention(
@@ -54,6 +51,7 @@ def extend_attention(
     q_rope: jax.Array,
     w_uk: jax.Array,
     w_uv: jax.Array,
+    latents: jax.Array,
     kv: jax.Array,
     layer: jax.Array,
     tables: jax.Array,
@@ -62,43 +60,34 @@ def extend_attention(
     chunk_start: jax.Array,
     *,
     scale: float,
+    kernels: Kernels = XLA,
 ) -> jax.Array:
     """Every prefill row against its own sequence: the cached prefix and the chunk up to itself.
-
-    Each block of a sequence's latents is expanded once, see `paged_extend`.
 
     Args:
         q_nope: [M, H, nope]; q_rope: [M, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
+        latents: [M, C + R], the rows' own entries, which are in the pool too.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
         scale: softmax scale.
+        kernels: which implementation.
 
     Returns:
         [M, H, V]; 0 for padding rows.
     """
-    heads, latent, value_dim = w_uv.shape
-    q = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, None]  # [M, H, 1, nope + R]
-
-    def read(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        c = kv[layer, ids].astype(q.dtype).reshape(-1, kv.shape[-1])  # [block, C + R]
-        key = jnp.concatenate(
-            [
-                jnp.einsum("tc,hnc->thn", c[:, :latent], w_uk),
-                jnp.broadcast_to(c[:, None, latent:], (len(c), heads, q_rope.shape[-1])),
-            ],
-            axis=-1,
-        )  # [block, H, nope + R]
-        return key, jnp.einsum("tc,hcv->thv", c[:, :latent], w_uv)
-
-    return paged_extend(
-        q,
-        read,
-        tables,
-        chunk_first_row,
-        chunk_rows,
-        chunk_start,
-        page_size=kv.shape[2],
-        value_dim=value_dim,
+    chunks = (tables, chunk_first_row, chunk_rows, chunk_start)
+    if kernels.extend_attention == "xla":
+        return xla.extend_attention(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, scale=scale)
+    return extend.extend_attention(
+        q_nope,
+        q_rope,
+        w_uk,
+        w_uv,
+        latents,
+        kv,
+        layer,
+        *chunks,
         scale=scale,
-    )[:, :, 0]
+        interpret=kernels.interpret,
+    )
