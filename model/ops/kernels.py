@@ -19,8 +19,8 @@ class Kernels:
     Attributes:
         decode_attention, extend_attention: of MLA; GQA has the XLA definition only.
         grouped_mlp: of the routed experts.
-        unroll: how many layers of a segment become straight code; the whole segment if that is
-            not more. More takes longer to compile and copies fewer weights.
+        unroll: how many layers of a segment become straight code in a decode program; the whole
+            segment if that is not more. More takes longer to compile and copies fewer weights.
         interpret: run kernels as ordinary JAX operations (tests on CPU).
     """
 

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -138,7 +138,10 @@ class ProgramFactory:
         s, pool_spec = self._by_slice, self.spec.pool_spec
         pool_shape = self.spec.pool_shape(num_pages, self.page_size)
         hidden_rows = self.buckets.prefill_tokens if packing.shape.prefill_rows else 0
-        fn = functools.partial(_forward, self.spec, self._comm, self.kernels, packing, hidden_rows)
+        kernels = self.kernels
+        if packing.shape.prefill_rows:  # copies of weights cost little beside so much computing
+            kernels = replace(kernels, unroll=1)
+        fn = functools.partial(_forward, self.spec, self._comm, kernels, packing, hidden_rows)
         outputs = (s, s, pool_spec, s) if hidden_rows else (s, s, pool_spec)
         program = sharded(fn, self.mesh, (self.spec.specs, pool_spec, s, s), outputs, donate=(1,))
         pool = abstract_array(pool_shape, self.kv_dtype, self.mesh, pool_spec)
