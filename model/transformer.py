@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ from model.heads import HeadSlots, head_slots
 from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, rms_norm
 from model.mla import MLAttention
 from model.moe import Experts, MoE
+from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
+from model.quantization import BlockFP8
 from model.rope import rope_tables
 
 
@@ -197,6 +200,10 @@ def _scaled(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, jax.Array | BlockFP8)
+
+
 def _run_segment(
     segment: Segment,
     first_layer: int,
@@ -218,6 +225,10 @@ def _run_segment(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         x, kv = carry
         weights, index = scanned
+        if in_stacks:
+            weights = jax.tree.map(
+                lambda stack: StackedWeight(stack=stack, layer=index), stacked, is_leaf=_is_weight
+            )
         layer: DecoderLayer = nnx.merge(graph, weights)
         normed = rms_norm(x, layer.attention_norm[...], eps)
         attended, kv = layer.attention(
@@ -226,20 +237,23 @@ def _run_segment(
         x = x + _scaled(attended, scale)
         normed = rms_norm(x, layer.mlp_norm[...], eps)
         if segment.kind == "dense":
-            y, counts = comm.sum_heads(layer.mlp(normed)), jnp.zeros(0, jnp.int32)
+            y, counts = comm.sum_heads(layer.mlp(normed, kernels)), jnp.zeros(0, jnp.int32)
         else:
             y, counts = layer.moe(normed, rows.valid, segment.experts, index, comm, kernels)
         return (x + _scaled(y, scale), kv), counts
 
+    # Kernels take a layer out of the stack themselves; what is scanned gets copied.
+    in_stacks = kernels.dense == "pallas"
+    scanned = nnx.State({}) if in_stacks else stacked
     indices = jnp.arange(segment.num_layers, dtype=jnp.int32)
     if kernels.unroll < segment.num_layers:
         (x, kv), counts = jax.lax.scan(
-            one_layer, (x, kv), (stacked, indices), unroll=kernels.unroll
+            one_layer, (x, kv), (scanned, indices), unroll=kernels.unroll
         )
         return x, kv, counts
     all_counts = []
     for i in range(segment.num_layers):
-        of_layer = jax.tree.map(operator.itemgetter(i), (stacked, indices))
+        of_layer = jax.tree.map(operator.itemgetter(i), (scanned, indices))
         (x, kv), counts = one_layer((x, kv), of_layer)
         all_counts.append(counts)
     return x, kv, jnp.stack(all_counts)

@@ -308,8 +308,7 @@ def _add_layout_flags(group: _Group) -> None:
         group,
         "--layer-unroll",
         type=int,
-        help="layers of straight code in a program: more compile longer and step faster; default "
-        "by device",
+        help="layers of straight code in a decode program; more compile longer (default: 1)",
     )
     _add(
         group,

@@ -19,6 +19,8 @@ class Kernels:
     Attributes:
         decode_attention, extend_attention: of MLA; GQA has the XLA definition only.
         grouped_mlp: of the routed experts.
+        routing: choosing and weighing experts.
+        dense: products of a few rows with a layer of stacked weights.
         unroll: how many layers of a segment become straight code in a decode program; the whole
             segment if that is not more. More takes longer to compile and copies fewer weights.
         interpret: run kernels as ordinary JAX operations (tests on CPU).
@@ -27,6 +29,8 @@ class Kernels:
     decode_attention: Implementation = "xla"
     extend_attention: Implementation = "xla"
     grouped_mlp: Implementation = "xla"
+    routing: Implementation = "xla"
+    dense: Implementation = "xla"
     unroll: int = 1
     interpret: bool = False
 

@@ -12,14 +12,12 @@ from model.config import ModelConfig
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
 from model.ops.kernels import Implementation, Kernels
 from model.ops.mla_attention import extend as extend_kernels
+from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
 from sharding.rules import padded_sizes
 
 log = logging.getLogger("meshserve.engine")
-
-UNROLL = {"xla": 1, "pallas": 13}
-"""Layers of straight code in a program: few where programs compile slowly for what they do."""
 
 
 def choose_kernels(
@@ -56,14 +54,26 @@ def choose_kernels(
             "extend attention: xla, because the kernel's bits depend on what is cached, which "
             "--enable-deterministic-inference excludes"
         )
-    unroll = config.layer_unroll or UNROLL["pallas" if "pallas" in (attention, experts) else "xla"]
+    routing: Implementation = experts
+    if experts == "pallas" and (reason := route_unsupported(model.num_experts, model.num_groups)):
+        routing = "xla"
+        log.info("routing: xla, no kernel for it: %s", reason)
+    kernels = Kernels(
+        decode_attention=attention,
+        extend_attention=extend,
+        grouped_mlp=experts,
+        routing=routing,
+        dense=attention,
+        unroll=config.layer_unroll or 1,
+    )
     log.info(
-        "decode attention: %s, extend attention: %s, experts: %s, %d layers unrolled",
-        *(attention, extend, experts if model.num_experts else "none", unroll),
+        "decode attention: %s, extend attention: %s, experts: %s, routing: %s, dense products of "
+        "few rows: %s",
+        *(kernels.decode_attention, kernels.extend_attention),
+        *((experts, routing) if model.num_experts else ("none", "none")),
+        kernels.dense,
     )
-    return Kernels(
-        decode_attention=attention, extend_attention=extend, grouped_mlp=experts, unroll=unroll
-    )
+    return kernels
 
 
 def _chosen(flag: str, asked: str, reason: str | None) -> Implementation:

@@ -5,18 +5,32 @@ The twin's own definition is tested in test_ops.py. Memory that a kernel must no
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.config import ModelConfig
+from model.moe import route
+from model.ops import routing
+from model.ops.dense import StackedWeight, matmul
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
 from model.ops.kernels import XLA, Kernels
-from model.ops.mla_attention import decode, decode_attention, extend_attention
+from model.ops.mla_attention import decode, decode_attention, decode_heads, extend_attention
+from model.ops.mla_attention.heads import per_head
+from model.ops.routing import unsupported as routing_unsupported
+from tests.fixtures import DATA
 
 KERNELS = Kernels(
-    decode_attention="pallas", extend_attention="pallas", grouped_mlp="pallas", interpret=True
+    decode_attention="pallas",
+    extend_attention="pallas",
+    grouped_mlp="pallas",
+    dense="pallas",
+    routing="pallas",
+    interpret=True,
 )
 LAYERS, PAGES, LATENT, ROPE, NOPE, VALUE = 2, 120, 32, 16, 16, 32
 SCALE = 0.21
@@ -159,6 +173,55 @@ def test_blocks_follow_the_mean_load():
     assert (1408 % t.columns, 2048 % t.depth) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "inside", "outside"),
+    [(1, (64,), (48,)), (70, (256,), (2, 96)), (5, (4, 16), (32,))],
+)
+def test_products_with_a_stack_equal_those_with_its_layer(rng, rows, inside, outside):
+    stack = jnp.asarray(rng.standard_normal((3, *inside, *outside)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((rows, *inside)), jnp.float32)
+    weight = StackedWeight(stack=stack, layer=jnp.int32(2))
+    got = matmul(x, weight, len(inside), KERNELS)
+    assert got.shape == (rows, *outside)
+    np.testing.assert_allclose(got, matmul(x, stack[2], len(inside), XLA), atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [None, 3])
+def test_products_of_every_head_equal_an_einsum(rng, parts):
+    stack = jnp.asarray(rng.standard_normal((2, 3, 64, 48)), jnp.float32)
+    lead = () if parts is None else (parts,)
+    x = jnp.asarray(rng.standard_normal((*lead, 37, 3, 64)), jnp.float32)
+    weights, summed = None, x
+    if parts is not None:
+        weights = jnp.asarray(rng.random((parts, 37, 3)), jnp.float32)
+        summed = (x * weights[..., None]).sum(axis=0)
+    got = per_head(x, stack, jnp.int32(1), weights, interpret=True)
+    np.testing.assert_allclose(got, jnp.einsum("bhk,hkn->bhn", summed, stack[1]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek_v2_lite", "moonlight", "mixtral"]
+)  # softmax; sigmoid with bias; softmax, normalised
+def test_routing_equals_its_twin(rng, name):
+    config = ModelConfig.from_folder(DATA / name)
+    assert routing_unsupported(config.num_experts, config.num_groups) is None
+    logits = jnp.asarray(rng.standard_normal((21, config.num_experts)) * 2, jnp.float32)
+    bias = jnp.asarray(rng.uniform(-1.5, -0.5, config.num_experts), jnp.float32)
+    bias = bias if config.router_bias else None
+    got = routing.route(
+        logits,
+        bias,
+        k=config.num_experts_per_token,
+        scoring=config.scoring,
+        normalize=config.normalize_weights,
+        scale=config.routed_scaling,
+        interpret=True,
+    )
+    ids, weights = route(logits, bias, config)
+    np.testing.assert_array_equal(got[0], ids)
+    np.testing.assert_allclose(got[1], weights, rtol=1e-5)
+
+
 def lowered_for_cuda(fn, *args):
     try:
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
@@ -177,7 +240,7 @@ def lowered_for_cuda(fn, *args):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     """The shapes of DeepSeek-V2-Lite: what interpret mode accepts, Triton may refuse."""
-    kernels = Kernels(decode_attention="pallas", extend_attention="pallas", grouped_mlp="pallas")
+    kernels = dataclasses.replace(KERNELS, interpret=False)
 
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -197,6 +260,31 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
         *(array(64, dtype=i32) for _ in range(3)),
     )
     assert text.count("gpu.triton") == 3 or "triton" in text
+    stacks = array(27, 16, 128, 512), array(27, 16, 512, 128)
+    text = lowered_for_cuda(
+        lambda q, r, uk, uv, pool, layer, *a: decode_heads(
+            q,
+            r,
+            StackedWeight(stack=uk, layer=layer),
+            StackedWeight(stack=uv, layer=layer),
+            *(pool, layer, *a),
+            scale=0.1,
+            kernels=kernels,
+        ),
+        *(array(64, 16, 128), array(64, 16, 64), *stacks, pool, layer),
+        *(array(64, 300, dtype=i32), array(64, dtype=i32)),
+    )
+    assert text.count("per_head") >= 2
+    text = lowered_for_cuda(
+        lambda x, w, i: matmul(x, StackedWeight(stack=w, layer=i), 1, kernels),
+        *(array(64, 2048), array(26, 2048, 2, 2816), layer),
+    )
+    assert "triton" in text
+    text = lowered_for_cuda(
+        lambda x: routing.route(x, None, k=6, scoring="softmax", normalize=True, scale=1.0),
+        array(64, 64, dtype=jnp.float32),
+    )
+    assert "triton" in text
     for tokens in (1, 64, 256, 4096):
         text = lowered_for_cuda(
             lambda *a: grouped_mlp(*a, kernels=kernels),

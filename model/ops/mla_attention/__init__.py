@@ -7,10 +7,16 @@ tokens of prompt chunks.
 
 from __future__ import annotations
 
-import jax
+import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
-from model.ops.mla_attention import decode, extend, xla
+from model.ops.mla_attention import decode, extend, heads, xla
+from model.quantization import BlockFP8
 
 
 def decode_attention(
@@ -44,6 +50,48 @@ def decode_attention(
     return decode.decode_attention(
         q_latent, q_rope, kv, layer, tables, lengths, scale=scale, interpret=kernels.interpret
     )
+
+
+def decode_heads(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    w_uk: Any,
+    w_uv: Any,
+    kv: jax.Array,
+    layer: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    kernels: Kernels = XLA,
+) -> jax.Array:
+    """Decode attention between the heads' own matrices: [B, H, nope] -> [B, H, V].
+
+    Args:
+        q_nope: [B, H, nope]; q_rope: [B, H, R], rotated.
+        w_uk: [H, nope, C]; w_uv: [H, C, V], as arrays or what stands for them.
+        kv, layer, tables, lengths, scale, kernels: see `decode_attention`.
+    """
+    if (
+        kernels.decode_attention == "pallas"
+        and isinstance(w_uk, StackedWeight)
+        and isinstance(w_uv, StackedWeight)
+        and not isinstance(w_uk.stack, BlockFP8)
+        and not isinstance(w_uv.stack, BlockFP8)
+    ):
+        product = functools.partial(heads.per_head, interpret=kernels.interpret)
+        q_latent = product(q_nope, w_uk.stack, w_uk.layer)
+        out, weights = decode.decode_parts(
+            *(q_latent, q_rope, kv, layer, tables, lengths),
+            scale=scale,
+            interpret=kernels.interpret,
+        )
+        return product(out, w_uv.stack, w_uv.layer, weights)
+    q_latent = jnp.einsum("bhn,hnc->bhc", q_nope, w_uk[...])
+    out = decode_attention(
+        q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
+    )
+    return jnp.einsum("bhc,hcv->bhv", out, w_uv[...])
 
 
 def extend_attention(

@@ -89,6 +89,41 @@ def decode_attention(
     stages: int = 3,
 ) -> jax.Array:
     """See `model.ops.mla_attention.decode_attention`; `block` to `stages` are for tuning."""
+    out, weight = decode_parts(
+        *(q_latent, q_rope, kv, layer, tables, lengths),
+        scale=scale,
+        interpret=interpret,
+        block=block,
+        splits=splits,
+        warps=warps,
+        stages=stages,
+    )
+    if weight is None:
+        return out
+    return (out * weight[..., None]).sum(axis=0).astype(q_latent.dtype)
+
+
+def decode_parts(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    interpret: bool = False,
+    block: int | None = None,
+    splits: int | None = None,
+    warps: int = 4,
+    stages: int = 3,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The attention in parts of the context, yet to be added.
+
+    Returns:
+        f32 [P, B, H, C] and the parts' weights f32 [P, B, H], which sum the parts to the result; or
+        the result itself and None, if the context is not cut.
+    """
     b, given_heads, latent = q_latent.shape
     heads = MIN_BLOCK
     while heads < given_heads and heads < MAX_HEADS:
@@ -134,9 +169,8 @@ def decode_attention(
         name="mla_decode",
     )(q_latent, q_rope, kv, tables, lengths, jnp.reshape(layer, (1,)).astype(jnp.int32))
     if splits == 1:
-        return parts[0][:, :given_heads]
-    out, maximum, total = parts
+        return parts[0][:, :given_heads], None
+    out, maximum, total = (part[:, :, :given_heads] for part in parts)
     weight = jnp.exp2(maximum - maximum.max(axis=0))
     total = (weight * total).sum(axis=0)
-    merged = (out * weight[..., None]).sum(axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
-    return merged.astype(q_latent.dtype)[:, :given_heads]
+    return out, weight / jnp.where(total > 0, total, 1.0)

@@ -92,5 +92,7 @@ def read_tokens(
     for first, size in ((0, latent), (latent, rope)):
         numbers = first + lax.broadcasted_iota(jnp.int32, (1, size), 1)
         part = kv_ref.at[layer, pages[:, None], at[:, None], numbers]
-        parts.append(plgpu.load(part, mask=live[:, None], other=0).astype(dtype))
+        # Zeros are put in after the load: of float8 it has none. No page has a negative number.
+        part = plgpu.load(part, mask=live[:, None]).astype(dtype)
+        parts.append(jnp.where(live[:, None], part, 0))
     return tuple(parts)
