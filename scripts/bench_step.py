@@ -235,7 +235,7 @@ def profile(runner: ModelRunner, plans: Sequence[StepPlan], top: int) -> dict[st
 def experts_touched(runner: ModelRunner, tokens: int, seed: int) -> float:
     """Experts of a layer that a batch of random tokens really meets, the mean over layers."""
     spec, comm = runner.spec, runner.comm
-    shape = spec.pool_shape(2, runner.page_size)
+    shape = spec.pool_shape(tokens + 1, runner.page_size)
     drawn = np.random.default_rng(seed).integers(0, spec.config.vocab_size, tokens)
 
     def counts(weights: list[jax.Array], kv: jax.Array) -> jax.Array:
@@ -243,7 +243,7 @@ def experts_touched(runner: ModelRunner, tokens: int, seed: int) -> float:
         batch = ForwardBatch(
             decode_tokens=jnp.asarray(drawn, jnp.int32),
             decode_positions=jnp.zeros(tokens, jnp.int32),
-            decode_tables=jnp.ones((tokens, 1), jnp.int32),
+            decode_tables=jnp.arange(1, tokens + 1, dtype=jnp.int32)[:, None],
             prefill_tokens=none,
             chunk_first_row=none,
             chunk_rows=none,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ MIN_BLOCK = 16
 PROGRAMS = 264
 """Twice the multiprocessors of an H100."""
 MAX_PARTS = 8
+MAX_ROWS = 128
+COLUMNS, DEPTH, STAGES = 64, 64, 4
+"""Of a block: small enough for three programs on a multiprocessor."""
 
 
 def unsupported(shape: tuple[int, ...], num_in: int) -> str | None:
@@ -32,20 +36,23 @@ def unsupported(shape: tuple[int, ...], num_in: int) -> str | None:
     return None
 
 
-def _kernel(x_ref, w_ref, layer_ref, out_ref, *, depth: int):
+def _kernel(x_ref, w_ref, layer_ref, out_ref, *, rows: int, columns: int, depth: int, share: int):
     """A block of rows and columns, over this program's part of the contracted dimension."""
-    layer, steps = layer_ref[0], x_ref.shape[1] // depth
-    first = pl.program_id(1) * x_ref.shape[1]
-    columns = out_ref.shape[1]
-    column = pl.ds(pl.program_id(0) * columns, columns)
+    layer, part = layer_ref[0], pl.program_id(1)
+    first_column, first = pl.program_id(0) * columns, part * share
+    row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    live = row < x_ref.shape[0]
 
     def body(i, total):
-        w = w_ref[layer, pl.ds(first + i * depth, depth), column]
-        x = x_ref[:, pl.ds(i * depth, depth)]
+        start = first + i * depth
+        at = start + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
+        x = plgpu.load(x_ref.at[row, at], mask=live, other=0)
+        w = w_ref[layer, pl.ds(start, depth), pl.ds(first_column, columns)]
         return total + jnp.dot(x, w, preferred_element_type=jnp.float32)
 
-    zero = jnp.zeros(out_ref.shape, jnp.float32)
-    out_ref[...] = lax.fori_loop(0, steps, body, zero).astype(out_ref.dtype)
+    total = lax.fori_loop(0, share // depth, body, jnp.zeros((rows, columns), jnp.float32))
+    at = first_column + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    plgpu.store(out_ref.at[part, row, at], total.astype(out_ref.dtype), mask=live)
 
 
 def matmul(
@@ -56,12 +63,11 @@ def matmul(
     k, n = math.prod(stack.shape[1 : 1 + num_in]), math.prod(out_shape)
     x, stack = x.reshape(t, k), stack.reshape(stack.shape[0], k, n)
     rows = MIN_BLOCK
-    while rows < min(t, 64):
+    while rows < min(t, MAX_ROWS):
         rows *= 2
-    x = jnp.pad(x, ((0, -t % rows), (0, 0)))
-    row_blocks = x.shape[0] // rows
+    row_blocks = -(-t // rows)
     narrow = 2 if x.dtype.itemsize > 2 else 1
-    columns, depth = largest_block(n, 64 // narrow), largest_block(k, 128 // narrow)
+    columns, depth = largest_block(n, COLUMNS // narrow), largest_block(k, DEPTH // narrow)
     parts = 1
     while (
         2 * parts * (n // columns) <= PROGRAMS
@@ -70,21 +76,21 @@ def matmul(
     ):
         parts *= 2
     share = k // parts
+    operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32))
     out = pl.pallas_call(
-        functools.partial(_kernel, depth=depth),
+        functools.partial(_kernel, rows=rows, columns=columns, depth=depth, share=share),
         grid=(n // columns, parts, row_blocks),
-        in_specs=[
-            pl.BlockSpec((rows, share), lambda j, p, i: (i, p)),
-            pl.BlockSpec(stack.shape, lambda j, p, i: (0, 0, 0)),
-            pl.BlockSpec((1,), lambda j, p, i: (0,)),
-        ],
-        out_specs=pl.BlockSpec((None, rows, columns), lambda j, p, i: (p, i, j)),
-        out_shape=jax.ShapeDtypeStruct(
-            (parts, x.shape[0], n), x.dtype if parts == 1 else jnp.float32
-        ),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        in_specs=[_whole(a.shape) for a in operands],
+        out_specs=_whole((parts, t, n)),
+        out_shape=jax.ShapeDtypeStruct((parts, t, n), x.dtype if parts == 1 else jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if rows > 64 else 4, num_stages=STAGES),
         interpret=interpret,
         name="dense",
-    )(x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32))
-    out = out[0] if parts == 1 else out.sum(axis=0).astype(x.dtype)
-    return out[:t].reshape(t, *out_shape)
+    )(*operands)
+    # Additions in a row fuse with what follows; a reduction is a kernel of its own.
+    out = functools.reduce(operator.add, (out[i] for i in range(parts)))
+    return out.astype(x.dtype).reshape(t, *out_shape)
+
+
+def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))

@@ -86,6 +86,9 @@ def decode_heads(
             scale=scale,
             interpret=kernels.interpret,
         )
+        if weights is not None and weights.shape[0] > heads.MAX_PARTS:
+            out = (out * weights[..., None]).sum(axis=0).astype(q_nope.dtype)
+            weights = None
         return product(out, w_uv.stack, w_uv.layer, weights)
     q_latent = jnp.einsum("bhn,hnc->bhc", q_nope, w_uk[...])
     out = decode_attention(

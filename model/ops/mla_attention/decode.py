@@ -17,8 +17,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from model.ops.mla_attention.pages import LOG2_E, MIN_BLOCK, Softmax, dot, read_tokens
 
-PROGRAMS = 264
-"""As many programs as keep an H100's 132 multiprocessors busy, about."""
+PROGRAMS = 132
+"""The multiprocessors of an H100: more parts of a context cost more in merging than they gain."""
+BLOCK = 64
+"""Tokens read at a time."""
 MAX_SPLITS = 32
 MAX_HEADS = 32
 """Heads of one program: its float32 sums [heads, C] stay in registers."""
@@ -83,20 +85,14 @@ def decode_attention(
     *,
     scale: float,
     interpret: bool = False,
-    block: int | None = None,
     splits: int | None = None,
-    warps: int = 4,
-    stages: int = 3,
 ) -> jax.Array:
-    """See `model.ops.mla_attention.decode_attention`; `block` to `stages` are for tuning."""
+    """See `model.ops.mla_attention.decode_attention`; `splits` parts of a context, for tests."""
     out, weight = decode_parts(
         *(q_latent, q_rope, kv, layer, tables, lengths),
         scale=scale,
         interpret=interpret,
-        block=block,
         splits=splits,
-        warps=warps,
-        stages=stages,
     )
     if weight is None:
         return out
@@ -113,10 +109,7 @@ def decode_parts(
     *,
     scale: float,
     interpret: bool = False,
-    block: int | None = None,
     splits: int | None = None,
-    warps: int = 4,
-    stages: int = 3,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The attention in parts of the context, yet to be added.
 
@@ -132,7 +125,9 @@ def decode_parts(
     q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
     head_blocks = q_latent.shape[1] // heads
     splits = splits or num_splits(b * head_blocks)
-    block = block or (32 if q_latent.dtype.itemsize == 2 else MIN_BLOCK)
+    block = BLOCK if q_latent.dtype.itemsize == 2 else MIN_BLOCK
+    # Where there are programs enough, two on a multiprocessor beat one that reads further ahead.
+    stages = 3 if b * head_blocks * splits <= PROGRAMS else 2
 
     def of_sequence(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, heads, width), lambda i, h, s: (i, h, 0))
@@ -164,7 +159,7 @@ def decode_parts(
         ],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=stages),
         interpret=interpret,
         name="mla_decode",
     )(q_latent, q_rope, kv, tables, lengths, jnp.reshape(layer, (1,)).astype(jnp.int32))

@@ -84,7 +84,18 @@ def _causal_kernel(
                 scores * (scale * LOG2_E), seen, read(value_ref.at[at, head])
             )
 
-        return lax.fori_loop(0, (stop - first + keys - 1) // keys, one_block, so_far)
+        def one_full_block(j, so_far):
+            at = pl.ds(first + j * keys, keys)
+            scores = dot(q_nope, k_nope_ref[at, head], transposed=True)
+            scores += dot(q_rope, k_rope_ref[at], transposed=True)
+            return Softmax(*so_far).add_all(scores * (scale * LOG2_E), value_ref[at, head])
+
+        # Where all rows are of this chunk, all of them see the keys before the first row.
+        first_of_block = block * rows
+        mine = (first <= first_of_block) & (first_of_block + rows <= end)
+        full = jnp.where(mine, (first_of_block - first) // keys, 0)
+        so_far = lax.fori_loop(0, full, one_full_block, so_far)
+        return lax.fori_loop(full, (stop - first + keys - 1) // keys, one_block, so_far)
 
     start = Softmax.empty(rows, out_ref.shape[-1])
     if len(refs) > 1:
@@ -234,6 +245,7 @@ def extend_attention(
     padding = -m % rows
     if padding:
         q_nope, q_rope = (jnp.pad(a, ((0, padding), (0, 0), (0, 0))) for a in (q_nope, q_rope))
+        latents = jnp.pad(latents, ((0, padding), (0, 0)))
     c, k_rope = latents[:, :latent], latents[:, latent:]
     k_nope = jnp.einsum("mc,hnc->mhn", c, w_uk)
     values = jnp.einsum("mc,hcv->mhv", c, w_uv)
@@ -250,7 +262,7 @@ def extend_attention(
             pl.BlockSpec((rows, None), lambda i, h: (blocks - 1 - i, h)),
         ]
         return pl.pallas_call(
-            functools.partial(_causal_kernel, keys=KEYS, scale=scale),
+            functools.partial(_causal_kernel, keys=min(KEYS, rows), scale=scale),
             grid=(blocks, heads),
             in_specs=[
                 of_rows(nope),

@@ -17,26 +17,37 @@ from jax.experimental.pallas import triton as plgpu
 from model.ops.kernels import largest_block
 from model.ops.mla_attention.pages import MIN_BLOCK
 
+MAX_PARTS = 4
+"""More parts of an attention do not fit the multiprocessor's memory at once."""
 
-def _kernel(x_ref, w_ref, layer_ref, *refs, depth: int):
+
+def _kernel(x_ref, w_ref, layer_ref, *refs, rows: int, columns: int, depth: int):
     """A block of rows and columns of one head. `refs`: the parts' weights, if any; the output."""
     out_ref = refs[-1]
-    layer, head, columns = layer_ref[0], pl.program_id(1), out_ref.shape[1]
-    column = pl.ds(pl.program_id(0) * columns, columns)
+    layer, head, first = layer_ref[0], pl.program_id(1), pl.program_id(0) * columns
+    row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    live = row < out_ref.shape[0]
+    one_row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
 
     def body(i, total):
-        at = pl.ds(i * depth, depth)
+        at = i * depth + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
         if len(refs) == 1:
-            x = x_ref[:, at]
+            x = plgpu.load(x_ref.at[row, head, at], mask=live, other=0)
         else:
-            x = jnp.zeros((out_ref.shape[0], depth), jnp.float32)
-            for part in range(x_ref.shape[0]):
-                x += x_ref[part, :, at] * refs[0][part][:, None]
-        w = w_ref[layer, head, at, column]
+            x = jnp.zeros((rows, depth), jnp.float32)
+            for p in range(x_ref.shape[0]):
+                part = jnp.int32(p)
+                weight = plgpu.load(
+                    refs[0].at[part, one_row, head], mask=one_row < out_ref.shape[0], other=0
+                )
+                x += plgpu.load(x_ref.at[part, row, head, at], mask=live, other=0) * weight[:, None]
+        w = w_ref[layer, head, pl.ds(i * depth, depth), pl.ds(first, columns)]
         return total + jnp.dot(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
-    zero = jnp.zeros(out_ref.shape, jnp.float32)
-    out_ref[...] = lax.fori_loop(0, x_ref.shape[-1] // depth, body, zero).astype(out_ref.dtype)
+    zero = jnp.zeros((rows, columns), jnp.float32)
+    total = lax.fori_loop(0, x_ref.shape[-1] // depth, body, zero)
+    at = first + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    plgpu.store(out_ref.at[row, head, at], total.astype(out_ref.dtype), mask=live)
 
 
 def per_head(
@@ -59,27 +70,21 @@ def per_head(
         rows *= 2
     if part_weights is not None:  # all parts of a block are summed in registers
         rows = min(rows, 32)
-    padding = -b % rows
-    if padding:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, padding), (0, 0), (0, 0)])
     columns, depth = largest_block(n, 64), largest_block(k, 64)
-    lead = x.shape[:-3]
-    in_specs = [
-        pl.BlockSpec((*lead, rows, None, k), lambda j, h, i: (*(0,) * len(lead), i, h, 0)),
-        pl.BlockSpec(stack.shape, lambda j, h, i: (0, 0, 0, 0)),
-        pl.BlockSpec((1,), lambda j, h, i: (0,)),
-    ]
     operands = [x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32)]
     if part_weights is not None:
-        operands.append(jnp.pad(part_weights, ((0, 0), (0, padding), (0, 0))))
-        in_specs.append(pl.BlockSpec((*lead, rows, None), lambda j, h, i: (0, i, h)))
+        operands.append(part_weights)
+
+    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
     return pl.pallas_call(
-        functools.partial(_kernel, depth=depth),
-        grid=(n // columns, heads, x.shape[-3] // rows),
-        in_specs=in_specs,
-        out_specs=pl.BlockSpec((rows, None, columns), lambda j, h, i: (i, h, j)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[-3], heads, n), stack.dtype),
+        functools.partial(_kernel, rows=rows, columns=columns, depth=depth),
+        grid=(n // columns, heads, -(-b // rows)),
+        in_specs=[whole(a.shape) for a in operands],
+        out_specs=whole((b, heads, n)),
+        out_shape=jax.ShapeDtypeStruct((b, heads, n), stack.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="per_head",
-    )(*operands)[:b]
+    )(*operands)
