@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.heads import HeadSlots
 from model.layers import ParamFactory, rms_norm
 from model.ops.gqa_attention import decode_attention, extend_attention
+from model.ops.kernels import Kernels
 from model.quantization import saturating_cast
 from model.rope import apply_rope
 
@@ -94,12 +95,14 @@ class GQAttention(nnx.Module):
         cos: jax.Array,
         sin: jax.Array,
         comm: Comm,
+        kernels: Kernels,
     ) -> tuple[jax.Array, jax.Array]:
         """Write the rows' keys and values into the pool, then attend.
 
         Args:
             x: [T, D], normalised.
             kv: [L, pages, S, 2, N, d], this device's pool; layer: i32, this layer's index in it.
+            kernels: has nothing for GQA, whose attention is the XLA definition.
 
         Returns:
             [T, D], complete, and the updated pool.

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.comm import Comm
+from model.ops.dense import matmul
+from model.ops.kernels import XLA, Kernels
 
 Axis = Literal["heads", "kv_heads", "vocab", "mlp", "experts", "expert_mlp"] | None
 INIT_STD = 0.02
@@ -64,10 +66,10 @@ class MLP(nnx.Module):
         self.gate_up = make.normal((width, 2, intermediate), (None, None, "mlp"))
         self.down = make.normal((intermediate, width), ("mlp", None))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, kernels: Kernels = XLA) -> jax.Array:
         """[T, D] -> [T, D], a partial sum where the width is cut over devices."""
-        gate, up = jnp.moveaxis(jnp.einsum("td,dgf->tgf", x, self.gate_up[...]), 1, 0)
-        return (jax.nn.silu(gate) * up) @ self.down[...]
+        gate, up = jnp.moveaxis(matmul(x, self.gate_up.get_value(), 1, kernels), 1, 0)
+        return matmul(jax.nn.silu(gate) * up, self.down.get_value(), 1, kernels)
 
 
 class Embedding(nnx.Module):

@@ -14,7 +14,9 @@ from model.batch import ForwardBatch, Rows
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
-from model.ops.mla_attention import decode_attention, extend_attention
+from model.ops.dense import matmul
+from model.ops.kernels import XLA, Kernels
+from model.ops.mla_attention import decode_heads, extend_attention
 from model.quantization import saturating_cast
 from model.rope import apply_rope, query_scale
 
@@ -43,25 +45,34 @@ class MLAttention(nnx.Module):
         self.config = config
 
     def queries(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        kernels: Kernels = XLA,
     ) -> tuple[jax.Array, jax.Array]:
         """[T, D] -> q_nope [T, H, nope] and rotated q_rope [T, H, R] of the local heads.
 
         positions i32 [T] count where queries are scaled by position.
         """
         if self.config.q_lora_rank is None:
-            q = jnp.einsum("td,dhk->thk", x, self.q_proj[...])
+            q = matmul(x, self.q_proj.get_value(), 1, kernels)
         else:
-            latent = rms_norm(x @ self.q_a[...], self.q_a_norm[...], LATENT_NORM_EPS)
-            q = jnp.einsum("tq,qhk->thk", latent, self.q_b[...])
+            latent = matmul(x, self.q_a.get_value(), 1, kernels)
+            latent = rms_norm(latent, self.q_a_norm[...], LATENT_NORM_EPS)
+            q = matmul(latent, self.q_b.get_value(), 1, kernels)
         if self.config.query_scale_beta:
             q = q * query_scale(self.config, positions)[:, None, None].astype(q.dtype)
         nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return nope, apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
 
-    def latents(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def latents(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, kernels: Kernels = XLA
+    ) -> jax.Array:
         """[T, D] -> [T, C + R]: the normalised latent and the rotated rope key, as cached."""
-        latent, rope = jnp.split(x @ self.kv_a[...], [self.config.kv_lora_rank], axis=-1)
+        entry = matmul(x, self.kv_a.get_value(), 1, kernels)
+        latent, rope = jnp.split(entry, [self.config.kv_lora_rank], axis=-1)
         latent = rms_norm(latent, self.kv_a_norm[...], LATENT_NORM_EPS)
         rope = apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
         return jnp.concatenate([latent, rope], axis=-1)
@@ -76,6 +87,7 @@ class MLAttention(nnx.Module):
         cos: jax.Array,
         sin: jax.Array,
         comm: Comm,
+        kernels: Kernels,
     ) -> tuple[jax.Array, jax.Array]:
         """Write the rows' latents into the pool, then attend.
 
@@ -86,23 +98,27 @@ class MLAttention(nnx.Module):
         Returns:
             [T, D], complete, and the updated pool.
         """
-        latents = self.latents(x, cos, sin)
-        kv = kv.at[layer, rows.pages, rows.offsets].set(saturating_cast(latents, kv.dtype))
-        q_nope, q_rope = self.queries(x, cos, sin, rows.positions)
+        latents = self.latents(x, cos, sin, kernels)
+        entries = saturating_cast(latents, kv.dtype)
+        kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
+        q_nope, q_rope = self.queries(x, cos, sin, rows.positions, kernels)
         scale, b = self.config.attention_scale, batch.num_decode_rows
         parts = []
         if b:
-            q_latent = jnp.einsum("bhn,hnc->bhc", q_nope[:b], self.w_uk[...])
-            decoded = decode_attention(
-                q_latent,
-                q_rope[:b],
-                kv,
-                layer,
-                batch.decode_tables,
-                batch.decode_positions + 1,
-                scale=scale,
+            parts.append(
+                decode_heads(
+                    q_nope[:b],
+                    q_rope[:b],
+                    self.w_uk.get_value(),
+                    self.w_uv.get_value(),
+                    kv,
+                    layer,
+                    batch.decode_tables,
+                    batch.decode_positions + 1,
+                    scale=scale,
+                    kernels=kernels,
+                )
             )
-            parts.append(jnp.einsum("bhc,hcv->bhv", decoded, self.w_uv[...]))
         if batch.num_prefill_rows:
             parts.append(
                 extend_attention(
@@ -110,6 +126,7 @@ class MLAttention(nnx.Module):
                     q_rope[b:],
                     self.w_uk[...],
                     self.w_uv[...],
+                    entries[b:].astype(x.dtype),
                     kv,
                     layer,
                     batch.chunk_tables,
@@ -117,10 +134,11 @@ class MLAttention(nnx.Module):
                     batch.chunk_rows,
                     batch.chunk_start,
                     scale=scale,
+                    kernels=kernels,
                 )
             )
         attended = jnp.concatenate(parts)  # [T, H, V]
-        return comm.sum_heads(jnp.einsum("thv,hvd->td", attended, self.out[...])), kv
+        return comm.sum_heads(matmul(attended, self.out.get_value(), 2, kernels)), kv
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """The definition, on whole sequences: [batch, T, D] -> [batch, T, D], causal.

@@ -11,7 +11,9 @@ from flax import nnx
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import MLP, ParamFactory
+from model.ops import routing
 from model.ops.grouped_mlp import grouped_mlp
+from model.ops.kernels import XLA, Kernels
 
 
 class Router(nnx.Module):
@@ -25,10 +27,24 @@ class Router(nnx.Module):
             self.bias = make.zeros_f32(config.num_experts)
         self.config = config
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, kernels: Kernels = XLA) -> tuple[jax.Array, jax.Array]:
         """[T, D] -> (expert ids i32 [T, K], weights f32 [T, K])."""
+        c = self.config
         logits = x.astype(jnp.float32) @ self.weight[...]
-        return route(logits, self.bias[...] if self.config.router_bias else None, self.config)
+        bias = self.bias[...] if c.router_bias else None
+        if kernels.routing == "xla":
+            return route(logits, bias, c)
+        if reason := routing.unsupported(c.num_experts, c.num_groups):
+            raise ValueError(f"The routing kernel cannot route this model: {reason}.")
+        return routing.route(
+            logits,
+            bias,
+            k=c.num_experts_per_token,
+            scoring=c.scoring,
+            normalize=c.normalize_weights,
+            scale=c.routed_scaling,
+            interpret=kernels.interpret,
+        )
 
 
 def route(
@@ -90,7 +106,13 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, experts: Experts, layer: jax.Array, comm: Comm
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        experts: Experts,
+        layer: jax.Array,
+        comm: Comm,
+        kernels: Kernels,
     ) -> tuple[jax.Array, jax.Array]:
         """Route, exchange, compute.
 
@@ -101,7 +123,7 @@ class MoE(nnx.Module):
         Returns:
             [T, D], complete, and i32 [E]: how many of this slice's tokens each expert got.
         """
-        ids, weights = self.router(x)
+        ids, weights = self.router(x, kernels)
         ids = jnp.where(valid[:, None], ids, -1)
         counts = jnp.bincount(
             jnp.where(ids < 0, self.config.num_experts, ids).reshape(-1),
@@ -109,6 +131,6 @@ class MoE(nnx.Module):
         )[:-1]
         # The stacks themselves (not `[...]`): FP8 ones are dequantised expert by expert.
         w1, w2 = experts.w1.get_value(), experts.w2.get_value()
-        compute = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=layer)
-        shared = self.shared(x) if self.config.num_shared_experts else None
+        compute = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=layer, kernels=kernels)
+        shared = self.shared(x, kernels) if self.config.num_shared_experts else None
         return comm.moe(x, ids, weights, compute, w1.shape[1], shared), counts

@@ -7,7 +7,9 @@ whole and are indexed inside (scanning them would copy them).
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ from model.heads import HeadSlots, head_slots
 from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, rms_norm
 from model.mla import MLAttention
 from model.moe import Experts, MoE
+from model.ops.dense import StackedWeight
+from model.ops.kernels import XLA, Kernels
+from model.quantization import BlockFP8
 from model.rope import rope_tables
 
 
@@ -147,7 +152,7 @@ class Transformer(nnx.Module):
         return head.logits(x, comm)[:, : self.config.vocab_size]
 
     def hidden(
-        self, kv: jax.Array, batch: ForwardBatch, comm: Comm
+        self, kv: jax.Array, batch: ForwardBatch, comm: Comm, kernels: Kernels = XLA
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """All layers of one step of one dp slice, before the final norm.
 
@@ -155,6 +160,7 @@ class Transformer(nnx.Module):
             kv: [L, N, S, ...], this device's share of the slice's pool, see `kv_entry`.
             batch: its rows.
             comm: how this device meets the others.
+            kernels: which implementation each operation has.
 
         Returns:
             hidden rows [T, D], the updated pool, and i32 [MoE layers, E]: tokens per expert.
@@ -165,7 +171,7 @@ class Transformer(nnx.Module):
         counts, first_layer = [jnp.zeros((0, self.config.num_experts), jnp.int32)], 0
         for segment in self.segments:
             x, kv, segment_counts = _run_segment(
-                segment, first_layer, x, kv, batch, rows, cos, sin, comm
+                segment, first_layer, x, kv, batch, rows, cos, sin, comm, kernels
             )
             first_layer += segment.num_layers
             if segment.kind == "moe":
@@ -173,13 +179,18 @@ class Transformer(nnx.Module):
         return x, kv, jnp.concatenate(counts)
 
     def __call__(
-        self, kv: jax.Array, batch: ForwardBatch, comm: Comm, logit_rows: jax.Array | None = None
+        self,
+        kv: jax.Array,
+        batch: ForwardBatch,
+        comm: Comm,
+        logit_rows: jax.Array | None = None,
+        kernels: Kernels = XLA,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`hidden` and the logits, f32 [R, V] in place of hidden rows.
 
         `logit_rows`, i32 [R], are the rows whose logits are wanted; default `sampled_rows(batch)`.
         """
-        x, kv, counts = self.hidden(kv, batch, comm)
+        x, kv, counts = self.hidden(kv, batch, comm, kernels)
         x = x[sampled_rows(batch) if logit_rows is None else logit_rows]
         return self.logits(x, comm), kv, counts
 
@@ -187,6 +198,10 @@ class Transformer(nnx.Module):
 def _scaled(x: jax.Array, factor: float) -> jax.Array:
     """x times a constant, which most models do not have."""
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, jax.Array | BlockFP8)
 
 
 def _run_segment(
@@ -199,8 +214,9 @@ def _run_segment(
     cos: jax.Array,
     sin: jax.Array,
     comm: Comm,
+    kernels: Kernels,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scan the layers of a segment; also i32 [layers, E or 0], tokens per expert."""
+    """Run the layers of a segment; also i32 [layers, E or 0], tokens per expert."""
     graph, stacked = nnx.split(segment.layers)
     eps, scale = segment.layers.config.rms_norm_eps, segment.layers.config.residual_scale
 
@@ -209,17 +225,35 @@ def _run_segment(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         x, kv = carry
         weights, index = scanned
+        if in_stacks:
+            weights = jax.tree.map(
+                lambda stack: StackedWeight(stack=stack, layer=index), stacked, is_leaf=_is_weight
+            )
         layer: DecoderLayer = nnx.merge(graph, weights)
         normed = rms_norm(x, layer.attention_norm[...], eps)
-        attended, kv = layer.attention(normed, kv, first_layer + index, batch, rows, cos, sin, comm)
+        attended, kv = layer.attention(
+            normed, kv, first_layer + index, batch, rows, cos, sin, comm, kernels
+        )
         x = x + _scaled(attended, scale)
         normed = rms_norm(x, layer.mlp_norm[...], eps)
         if segment.kind == "dense":
-            y, counts = comm.sum_heads(layer.mlp(normed)), jnp.zeros(0, jnp.int32)
+            y, counts = comm.sum_heads(layer.mlp(normed, kernels)), jnp.zeros(0, jnp.int32)
         else:
-            y, counts = layer.moe(normed, rows.valid, segment.experts, index, comm)
+            y, counts = layer.moe(normed, rows.valid, segment.experts, index, comm, kernels)
         return (x + _scaled(y, scale), kv), counts
 
+    # Kernels take a layer out of the stack themselves; what is scanned gets copied.
+    in_stacks = kernels.dense == "pallas"
+    scanned = nnx.State({}) if in_stacks else stacked
     indices = jnp.arange(segment.num_layers, dtype=jnp.int32)
-    (x, kv), counts = jax.lax.scan(one_layer, (x, kv), (stacked, indices))
-    return x, kv, counts
+    if kernels.unroll < segment.num_layers:
+        (x, kv), counts = jax.lax.scan(
+            one_layer, (x, kv), (scanned, indices), unroll=kernels.unroll
+        )
+        return x, kv, counts
+    all_counts = []
+    for i in range(segment.num_layers):
+        of_layer = jax.tree.map(operator.itemgetter(i), (scanned, indices))
+        (x, kv), counts = one_layer((x, kv), of_layer)
+        all_counts.append(counts)
+    return x, kv, jnp.stack(all_counts)

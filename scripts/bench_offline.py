@@ -304,6 +304,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def configured(engine_flags: list[str], shape: str | None, folder: Path) -> ServerConfig:
+    """The engine's configuration; a published `shape` is written into `folder`, for dummy weights.
+
+    Raises:
+        ConfigError: a flag cannot be served.
+    """
+    if shape is not None:
+        (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
+        engine_flags = [*engine_flags, "--model-path", str(folder), "--load-format", "dummy"]
+    config = parse_args(engine_flags)
+    if config.compilation_cache_dir is None:
+        config = replace(config, compilation_cache_dir=default_compilation_cache_dir())
+    return config
+
+
 def read_flags(argv: list[str], folder: Path) -> tuple[argparse.Namespace, ServerConfig, Scale]:
     """Own flags, the engine's configuration, and the sizes; a --shape is written into `folder`.
 
@@ -314,12 +329,7 @@ def read_flags(argv: list[str], folder: Path) -> tuple[argparse.Namespace, Serve
     unknown = set(args.workloads) - set(WORKLOADS)
     if unknown:
         raise ConfigError(f"--workloads: {', '.join(unknown)} is none of {', '.join(WORKLOADS)}.")
-    if args.shape is not None:
-        (folder / "config.json").write_text(json.dumps(SHAPES[args.shape]), encoding="utf-8")
-        engine_flags += ["--model-path", str(folder), "--load-format", "dummy"]
-    config = parse_args(engine_flags)
-    if config.compilation_cache_dir is None:
-        config = replace(config, compilation_cache_dir=default_compilation_cache_dir())
+    config = configured(engine_flags, args.shape, folder)
     given = {
         name: getattr(args, name)
         for name in ("decode_batches", "decode_contexts", "decode_steps")

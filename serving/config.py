@@ -21,6 +21,11 @@ MOE_A2A_BACKENDS = ("none", "all_to_all", "deepep")
 LOAD_BALANCE_METHODS = ("auto", "round_robin", "total_requests", "total_tokens", "cache_aware")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
 TOOL_CALL_PARSERS = ("auto", *TOOL_FORMATS, "none")
+KERNEL_BACKENDS = ("auto", "xla", "pallas")
+MOE_RUNNER_ALIASES = ("deep_gemm", "triton")
+"""Other engines' grouped matmuls that stand for ours."""
+ATTENTION_ALIASES = ("triton", "flashmla", "cutlass_mla", "fa3", "flashinfer")
+"""Other engines' attention kernels that stand for ours."""
 GRAMMAR_BACKENDS = ("llguidance", "none")
 
 MAX_GRACE_S = 86400
@@ -54,6 +59,9 @@ class ServerConfig:
     all_devices: bool = False
     """Use every device there is (8 emulated ones on CPU), with DPA and EP as wide as they go."""
     moe_a2a_backend: str = "none"
+    moe_runner_backend: str = "auto"
+    attention_backend: str = "auto"
+    layer_unroll: int | None = None
     mem_fraction_static: float = 0.9
     max_total_tokens: int | None = None
     page_size: int = 16
@@ -119,6 +127,7 @@ class ServerConfig:
             "max_running_requests",
             "max_queued_requests",
             "decode_log_interval",
+            "layer_unroll",
             "prefill_delayer_max_delay_passes",
         ):
             value = getattr(self, name)
@@ -346,6 +355,26 @@ def _add_layout_flags(group: _Group) -> None:
         choices=MOE_A2A_BACKENDS,
         help="how tokens reach their experts: none = all-gather and reduce-scatter, all_to_all = "
         "each token once to every device that holds one of its experts; deepep means all_to_all",
+    )
+    _add(
+        group,
+        "--moe-runner-backend",
+        choices=KERNEL_BACKENDS + MOE_RUNNER_ALIASES,
+        help="the experts' grouped matmul: xla = loops that run anywhere, pallas = kernels for "
+        "NVIDIA GPUs, auto = kernels where they can run; deep_gemm and triton mean pallas",
+    )
+    _add(
+        group,
+        "--attention-backend",
+        choices=KERNEL_BACKENDS + ATTENTION_ALIASES,
+        help="attention: xla, pallas or auto, as above; the names of other engines' kernels "
+        f"({', '.join(ATTENTION_ALIASES)}) mean pallas",
+    )
+    _add(
+        group,
+        "--layer-unroll",
+        type=int,
+        help="layers of straight code in a decode program; more compile longer (default: 1)",
     )
     _add(
         group,
@@ -588,6 +617,17 @@ def parse_args(argv: list[str]) -> ServerConfig:
             "--moe-a2a-backend deepep: this engine has no DeepEP; all_to_all does the same job."
         )
         given["moe_a2a_backend"] = "all_to_all"
+    for name, aliases in (
+        ("moe_runner_backend", MOE_RUNNER_ALIASES),
+        ("attention_backend", ATTENTION_ALIASES),
+    ):
+        if given.get(name) in aliases:
+            flag = f"--{name.replace('_', '-')}"
+            warnings.append(
+                f"{flag} {given[name]}: this engine has kernels of its own in Pallas, which it "
+                f"takes instead ({flag} pallas)."
+            )
+            given[name] = "pallas"
     one_group = given.get("ep_size", 1) == 1 and not all_devices
     if given.get("moe_a2a_backend") == "all_to_all" and one_group:
         raise ConfigError(

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.batch import ForwardBatch
+from model.ops.kernels import XLA, Kernels
 from sharding.comm import MeshComm
 from sharding.layout import make_layout
 from sharding.mesh import by_slice, make_mesh
@@ -46,6 +47,7 @@ class MeshModel:
         keep_fp8: bool = True,
         kv_dtype: str = "float32",
         deterministic: bool = False,
+        kernels: Kernels = XLA,
     ) -> None:
         source = open_source(folder, keep_fp8=keep_fp8)
         self.config = source.config
@@ -70,7 +72,7 @@ class MeshModel:
                 *(next(given)[0] if 0 not in s else jnp.zeros(s, jnp.int32) for s in shapes)
             )
             rows = jnp.arange(decode_rows + prefill_rows)
-            logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows)
+            logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows, kernels)
             return logits[None], kv[None], counts[None]
 
         spec = PartitionSpec(self.layout.attn_dp)

@@ -1,1 +1,1 @@
-"""The operations worth a kernel; each module holds the XLA definition."""
+"""The operations worth a kernel: each has an XLA definition, some a kernel for GPUs beside it."""

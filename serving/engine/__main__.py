@@ -85,8 +85,6 @@ def main() -> int:
         level=logging.WARNING, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
     logging.getLogger("meshserve").setLevel(config.log_level.upper())
-    # JAX reserves this share of a GPU when it starts; the pool is sized inside it.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.mem_fraction_static))
     if config.compilation_cache_dir is None:
         config = replace(config, compilation_cache_dir=default_compilation_cache_dir())
     sock = socket.socket(socket.AF_UNIX)

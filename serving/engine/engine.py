@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -286,9 +287,12 @@ class CompileCounter:
 def configure_jax(config: ServerConfig) -> None:
     """Settings that must be made before JAX looks for devices.
 
+    XLA takes its share of a GPU's memory from the environment alone, once.
+
     Raises:
         ConfigError: --device names a platform that is not there.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.mem_fraction_static))
     if config.device != "auto":
         jax.config.update("jax_platforms", config.device)
     emulated = EMULATED_DEVICES if config.all_devices else config.tp_size
@@ -396,6 +400,13 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
             for role in ("attn_dp", "attn_tp", "moe_ep", "moe_tp")
         },
         "moe_a2a_backend": runner.config.moe_a2a_backend,
+        "kernels": {
+            name: getattr(runner.kernels, name)
+            for name in (
+                *("decode_attention", "extend_attention", "grouped_mlp", "routing", "dense"),
+                "unroll",
+            )
+        },
         "dtype": str(runner.dtype),
         "kv_cache_dtype": str(runner.kv_dtype),
         "weight_bytes_per_device": runner.spec.device_bytes(),

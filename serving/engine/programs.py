@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from model.batch import sampled_rows
+from model.ops.kernels import Kernels
 from serving.engine.batch_builder import Column, Packing, sampling_batch
 from serving.engine.buckets import Buckets, Shape
 from serving.engine.outputs import pack_tokens
@@ -72,10 +73,12 @@ class ProgramFactory:
         buckets: Buckets,
         *,
         comm: MeshComm,
+        kernels: Kernels,
         page_size: int,
         kv_dtype: Any,
     ) -> None:
         self.spec, self.mesh, self.buckets = spec, mesh, buckets
+        self.kernels = kernels
         self.page_size, self.kv_dtype = page_size, kv_dtype
         self.vocab = spec.config.vocab_size
         self.mask_words = -(-self.vocab // 32)
@@ -135,7 +138,10 @@ class ProgramFactory:
         s, pool_spec = self._by_slice, self.spec.pool_spec
         pool_shape = self.spec.pool_shape(num_pages, self.page_size)
         hidden_rows = self.buckets.prefill_tokens if packing.shape.prefill_rows else 0
-        fn = functools.partial(_forward, self.spec, self._comm, packing, hidden_rows)
+        kernels = self.kernels
+        if packing.shape.prefill_rows:  # copies of weights cost little beside so much computing
+            kernels = replace(kernels, unroll=1)
+        fn = functools.partial(_forward, self.spec, self._comm, kernels, packing, hidden_rows)
         outputs = (s, s, pool_spec, s) if hidden_rows else (s, s, pool_spec)
         program = sharded(fn, self.mesh, (self.spec.specs, pool_spec, s, s), outputs, donate=(1,))
         pool = abstract_array(pool_shape, self.kv_dtype, self.mesh, pool_spec)
@@ -229,6 +235,7 @@ class ProgramFactory:
 def _forward(
     spec: ModelSpec,
     comm: MeshComm,
+    kernels: Kernels,
     packing: Packing,
     hidden_rows: int,
     weights: Sequence[jax.Array],
@@ -241,7 +248,7 @@ def _forward(
     norm, [1, hidden_rows, D], which is long enough for every shape."""
     batch, numbers = packing.forward_batch(packed[0], last_tokens[0])
     model = spec.merge(weights)
-    x, pool, _ = model.hidden(kv[0], batch, comm)
+    x, pool, _ = model.hidden(kv[0], batch, comm, kernels)
     logits = model.logits(x[sampled_rows(batch)], comm)
     outputs = (logits[None], numbers[None], pool[None])
     if not hidden_rows:

@@ -24,6 +24,7 @@ from model.quantization import FP8
 from serving.config import ConfigError, ServerConfig
 from serving.engine.batch_builder import BatchBuilder
 from serving.engine.buckets import Shape, make_buckets
+from serving.engine.implementations import choose_kernels
 from serving.engine.outputs import no_tokens, read_scores, read_tokens
 from serving.engine.programs import SCORE_ROWS, ForwardProgram, ProgramFactory
 from serving.engine.sampling_state import SamplingState, no_piece, pieces
@@ -163,6 +164,13 @@ class ModelRunner:
         self.spec = ModelSpec(model, self.dtype, layout, source.fp8)
         self.page_size = config.page_size
         self._by_slice = by_slice(self.mesh, layout)
+        self.kernels = choose_kernels(
+            config,
+            model,
+            layout,
+            platform=self.platform,
+            fp8_experts=any(".experts." in path for path in source.fp8),
+        )
         self._log_fp8(source)
         self.weights = source.load(self.spec, self.mesh)
         self.load_seconds = time.perf_counter() - started
@@ -182,15 +190,15 @@ class ModelRunner:
         self.buckets = make_buckets(
             config, platform=self.platform, num_slices=layout.num_slices, max_context=context
         )
+        self.comm = MeshComm(
+            layout, config.moe_a2a_backend, deterministic=config.enable_deterministic_inference
+        )
         self._factory = ProgramFactory(
             self.spec,
             self.mesh,
             self.buckets,
-            comm=MeshComm(
-                layout,
-                config.moe_a2a_backend,
-                deterministic=config.enable_deterministic_inference,
-            ),
+            comm=self.comm,
+            kernels=self.kernels,
             page_size=self.page_size,
             kv_dtype=self.kv_dtype,
         )

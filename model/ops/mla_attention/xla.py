@@ -1,9 +1,4 @@
-"""Attention over the paged latent cache, in XLA: the definition, and the CPU implementation.
-
-`decode_attention` is the absorbed form (one query per sequence against the latents, MQA),
-`extend_attention` the naive form (keys and values expanded from the latents, MHA) for the new
-tokens of prompt chunks.
-"""
+"""Attention over the paged latent cache, in XLA: the definition, and the CPU implementation."""
 
 from __future__ import annotations
 

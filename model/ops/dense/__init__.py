@@ -1,0 +1,62 @@
+"""Matrix products with one layer of stacked weights: `xla` slices the layer out, `pallas` does not.
+
+A product of a few rows costs what reading its weights costs. XLA copies a layer out of the stack
+first, which doubles that; the kernel reads the stack where it lies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from model.ops.dense import pallas
+from model.ops.kernels import Kernels
+from model.quantization import BlockFP8, layer_weight
+
+MAX_ROWS = 256
+"""Beyond, the product is bound by arithmetic, which XLA's own is better at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedWeight:
+    """One layer's weight, still in its stack. Stands where a weight array stands, as `BlockFP8`.
+
+    Attributes:
+        stack: [L, ...]; layer: i32 scalar.
+    """
+
+    stack: jax.Array | BlockFP8
+    layer: jax.Array
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """`[...]`, the only index: the layer's numbers."""
+        if index is not Ellipsis:
+            raise TypeError("a StackedWeight can only be taken whole: weight[...]")
+        return layer_weight(self.stack, self.layer)
+
+
+def matmul(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Array:
+    """x times a weight over the weight's first `num_in` dimensions.
+
+    Args:
+        x: [T, ...], its last `num_in` dimensions are contracted.
+        weight: an array, a `BlockFP8`, or a `StackedWeight` [in..., out...].
+
+    Returns:
+        [T, out...] in x's dtype.
+    """
+    if isinstance(weight, StackedWeight):
+        stack = weight.stack
+        shape = stack.shape[1:]
+        if (
+            kernels.dense == "pallas"
+            and not isinstance(stack, BlockFP8)
+            and x.shape[0] <= MAX_ROWS
+            and pallas.unsupported(shape, num_in) is None
+        ):
+            return pallas.matmul(x, stack, weight.layer, num_in, interpret=kernels.interpret)
+    w = weight[...]
+    contracted = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
+    return jax.lax.dot_general(x, w, (contracted, ((), ())), preferred_element_type=x.dtype)

@@ -1,0 +1,39 @@
+"""The experts' SwiGLU over tokens grouped by expert: `xla` defines it, `pallas` is for GPUs."""
+
+from __future__ import annotations
+
+import jax
+
+from model.ops.grouped_mlp import pallas, xla
+from model.ops.kernels import XLA, Kernels
+from model.quantization import BlockFP8
+
+
+def grouped_mlp(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    w1: jax.Array | BlockFP8,
+    w2: jax.Array | BlockFP8,
+    layer: jax.Array,
+    *,
+    kernels: Kernels = XLA,
+) -> jax.Array:
+    """Weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
+
+    Args:
+        x: [T, D].
+        expert_ids: i32 [T, K], indices into this device's experts; -1 computes nothing.
+        weights: f32 [T, K].
+        w1: [L, E, D, 2, F], gate and up of all layers; w2: [L, E, F, D].
+        layer: i32 scalar: the stacks are indexed here, so that no layer is ever sliced out.
+        kernels: which implementation; the one in Pallas takes no FP8 weights.
+
+    Returns:
+        [T, D] in x's dtype, summed in float32.
+    """
+    if kernels.grouped_mlp == "xla":
+        return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
+    if isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8):
+        raise TypeError("the Pallas grouped matmul takes no FP8 weights")
+    return pallas.grouped_mlp(x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret)

@@ -1,0 +1,234 @@
+"""The experts' SwiGLU as two Pallas (Triton) kernels: gate and up with SiLU, then down.
+
+Pairs of (token, expert) are sorted by expert; a program computes a block of one expert's pairs and
+some columns. It finds its expert by itself from the number of pairs of each, gathers its tokens
+from x and, in the second kernel, scatters weighted results to the pairs' places: nothing is padded
+or permuted in memory but the inner activations. Blocks without pairs end at once, so padding rows
+and idle experts cost nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from model.ops.kernels import largest_block
+
+MIN_BLOCK = 16
+"""Triton multiplies no smaller matrices."""
+
+
+class Tiles(NamedTuple):
+    """Sizes of one kernel: pairs, columns and contracted elements of a block; warps; stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def unsupported(width: int, inner: int) -> str | None:
+    """Why the kernels cannot take experts of [width, inner]; None if they can."""
+    if width % MIN_BLOCK or inner % MIN_BLOCK:
+        return f"width {width} and expert width {inner} must be multiples of {MIN_BLOCK}"
+    return None
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Pairs of a block: room for somewhat more than the mean load of an expert, 16 to 128."""
+    rows = MIN_BLOCK
+    while rows < 128 and 4 * rows * experts < 5 * pairs:
+        rows *= 2
+    return rows
+
+
+def tiles(rows: int, columns: int, contracted: int, itemsize: int, *, gated: bool) -> Tiles:
+    """Sizes that were fastest on an H100 (docs/performance.md), as far as they divide the matrix.
+
+    `gated`: two matrices share the block's columns.
+    """
+    if rows >= 64:
+        most_columns, most_depth, warps, stages = (128 if gated else 256), 64, 8, 4
+        if rows == 64:
+            most_columns, warps = 128, 4 if not gated else 8
+    else:
+        most_columns, most_depth, warps, stages = (64 if gated else 128), 64, 4, 4
+    if itemsize > 2:  # half the tile: shared memory is counted in bytes
+        most_columns, most_depth, stages = most_columns // 2, most_depth // 2, 2
+    return Tiles(
+        rows,
+        largest_block(columns, most_columns),
+        largest_block(contracted, most_depth),
+        warps,
+        stages,
+    )
+
+
+class _Block(NamedTuple):
+    """What a program computes: its expert, its pairs' places in the sorted order, which exist."""
+
+    used: jax.Array
+    expert: jax.Array
+    places: jax.Array
+    live: jax.Array
+
+
+def _find_block(counts_ref, index, rows: int) -> _Block:
+    """Block `index` of the blocks of all experts, in order."""
+    counts = counts_ref[...]  # [E], zeros behind the last expert
+    blocks = (counts + rows - 1) // rows
+    ends = jnp.cumsum(blocks)
+    expert = jnp.sum((ends <= index).astype(jnp.int32))
+    numbers = lax.broadcasted_iota(jnp.int32, counts.shape, 0)
+    first_pair = jnp.sum(jnp.where(numbers < expert, counts, 0))
+    first_block = jnp.sum(jnp.where(numbers < expert, blocks, 0))
+    count = jnp.sum(jnp.where(numbers == expert, counts, 0))
+    inside = (index - first_block) * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    return _Block(index < jnp.max(ends), expert, first_pair + inside, inside < count)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _gate_up_kernel(x_ref, w_ref, order_ref, counts_ref, layer_ref, out_ref, *, k: int, t: Tiles):
+    """out [rows, columns] = silu(x @ gate) * (x @ up) of a block's tokens."""
+    block, first = _find_block(counts_ref, pl.program_id(1), t.rows), pl.program_id(0) * t.columns
+
+    @pl.when(block.used)
+    def _() -> None:
+        layer, column = layer_ref[0], pl.ds(first, t.columns)
+        pairs = plgpu.load(order_ref.at[block.places], mask=block.live, other=0)
+        token = pairs // k
+
+        def body(i, carry):
+            gate, up = carry
+            depth = pl.ds(i * t.depth, t.depth)
+            at = i * t.depth + lax.broadcasted_iota(jnp.int32, (1, t.depth), 1)
+            x = x_ref[token[:, None], at]
+            w_gate = w_ref[layer, block.expert, depth, 0, column]
+            w_up = w_ref[layer, block.expert, depth, 1, column]
+            return gate + _dot(x, w_gate), up + _dot(x, w_up)
+
+        zero = jnp.zeros((t.rows, t.columns), jnp.float32)
+        gate, up = lax.fori_loop(0, x_ref.shape[1] // t.depth, body, (zero, zero))
+        gated = gate * (1 / (1 + jnp.exp(-gate))) * up
+        out_ref[...] = gated.astype(out_ref.dtype)
+
+
+def _down_kernel(
+    h_ref,
+    w_ref,
+    weight_ref,
+    order_ref,
+    counts_ref,
+    layer_ref,
+    out_ref,
+    *,
+    t: Tiles,
+):
+    """out [pairs, columns] at a block's pairs = weight * (h @ down)."""
+    block, first = _find_block(counts_ref, pl.program_id(1), t.rows), pl.program_id(0) * t.columns
+
+    @pl.when(block.used)
+    def _() -> None:
+        layer, column = layer_ref[0], pl.ds(first, t.columns)
+        pairs = plgpu.load(order_ref.at[block.places], mask=block.live, other=0)
+
+        def body(i, total):
+            depth = pl.ds(i * t.depth, t.depth)
+            h = h_ref[:, depth]
+            return total + _dot(h, w_ref[layer, block.expert, depth, column])
+
+        zero = jnp.zeros((t.rows, t.columns), jnp.float32)
+        total = lax.fori_loop(0, h_ref.shape[1] // t.depth, body, zero)
+        weight = plgpu.load(weight_ref.at[pairs], mask=block.live, other=0.0)
+        total = (total * weight[:, None]).astype(out_ref.dtype)
+        at = first + lax.broadcasted_iota(jnp.int32, (1, t.columns), 1)
+        # No two lanes name one place: where masks are emulated, a dead lane writes what it read.
+        places = jnp.where(block.live, pairs, out_ref.shape[0] + block.places)
+        plgpu.store(out_ref.at[places[:, None], at], total, mask=block.live[:, None])
+
+
+def sort_pairs(expert_ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The pairs in the order of their experts, absent ones last; and pairs per expert.
+
+    Args:
+        expert_ids: i32 [pairs], -1 for absent.
+
+    Returns:
+        i32 [pairs], a permutation, stable; i32 [E'], E' the power of two from `experts` on.
+    """
+    pairs = expert_ids.shape[0]
+    bits = max(1, (pairs - 1).bit_length())
+    if (experts + 1) << bits >= 1 << 32:
+        raise ValueError(f"{pairs} pairs of {experts} experts do not fit one 32-bit sort key.")
+    expert = jnp.where(expert_ids < 0, experts, expert_ids).astype(jnp.uint32)
+    # One unsigned key that holds the index too: the fastest sort there is, and a stable one.
+    keys = lax.sort((expert << bits) | jnp.arange(pairs, dtype=jnp.uint32), is_stable=False)
+    order = (keys & jnp.uint32((1 << bits) - 1)).astype(jnp.int32)
+    padded = 1 << (experts - 1).bit_length()
+    counts = jnp.sum(expert_ids[None] == jnp.arange(padded)[:, None], axis=1, dtype=jnp.int32)
+    return order, counts
+
+
+def grouped_mlp(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    layer: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `model.ops.grouped_mlp.grouped_mlp`."""
+    (t, d), k = x.shape, expert_ids.shape[1]
+    experts, f = w1.shape[1], w1.shape[-1]
+    pairs = t * k
+    rows = block_rows(pairs, experts)
+    blocks = -(-pairs // rows) + min(experts, pairs)
+    order, counts = sort_pairs(expert_ids.reshape(-1), experts)
+    layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
+
+    def whole(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda j, i: (0,) * array.ndim)
+
+    first = tiles(rows, f, d, x.dtype.itemsize, gated=True)
+    inner = pl.pallas_call(
+        functools.partial(_gate_up_kernel, k=k, t=first),
+        grid=(f // first.columns, blocks),
+        in_specs=[whole(a) for a in (x, w1, order, counts, layer)],
+        out_specs=pl.BlockSpec((rows, first.columns), lambda j, i: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((blocks * rows, f), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=first.warps, num_stages=first.stages),
+        interpret=interpret,
+        name="experts_gate_up",
+    )(x, w1, order, counts, layer)
+    second = tiles(rows, d, f, x.dtype.itemsize, gated=False)
+    flat_weights = weights.astype(jnp.float32).reshape(-1)
+    out = pl.pallas_call(
+        functools.partial(_down_kernel, t=second),
+        grid=(d // second.columns, blocks),
+        in_specs=[
+            pl.BlockSpec((rows, f), lambda j, i: (i, 0)),
+            *(whole(a) for a in (w2, flat_weights, order, counts, layer)),
+        ],
+        out_specs=pl.BlockSpec((pairs, d), lambda j, i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct((pairs, d), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=second.warps, num_stages=second.stages),
+        interpret=interpret,
+        name="experts_down",
+    )(inner, w2, flat_weights, order, counts, layer)
+    # Absent pairs were never written. Additions in a row fuse with what follows; a reduction is
+    # a kernel of its own.
+    out = jnp.where((expert_ids >= 0)[..., None], out.reshape(t, k, d), 0).astype(jnp.float32)
+    return functools.reduce(operator.add, (out[:, i] for i in range(k))).astype(x.dtype)

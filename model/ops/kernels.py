@@ -1,0 +1,51 @@
+"""Which implementation each operation has in a program: the XLA definition or a kernel.
+
+A `Kernels` is part of a program, chosen once before anything is compiled; nothing falls back at run
+time. `supports_*` say, in a sentence, why a kernel cannot take a model's sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Implementation = Literal["xla", "pallas"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """The implementation of every operation that has more than one.
+
+    Attributes:
+        decode_attention, extend_attention: of MLA; GQA has the XLA definition only.
+        grouped_mlp: of the routed experts.
+        routing: choosing and weighing experts.
+        dense: products of a few rows with a layer of stacked weights.
+        unroll: how many layers of a segment become straight code in a decode program; the whole
+            segment if that is not more. More takes longer to compile and copies fewer weights.
+        interpret: run kernels as ordinary JAX operations (tests on CPU).
+    """
+
+    decode_attention: Implementation = "xla"
+    extend_attention: Implementation = "xla"
+    grouped_mlp: Implementation = "xla"
+    routing: Implementation = "xla"
+    dense: Implementation = "xla"
+    unroll: int = 1
+    interpret: bool = False
+
+
+XLA = Kernels()
+"""The definitions alone: what runs on CPU, and what kernels are compared with."""
+
+
+def largest_block(size: int, most: int) -> int:
+    """The largest power of two, up to `most`, that divides `size`."""
+    block = 1
+    while block < most and size % (2 * block) == 0:
+        block *= 2
+    return block
+
+
+def is_power_of_two(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0

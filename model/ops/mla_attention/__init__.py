@@ -1,0 +1,144 @@
+"""Attention over the paged latent cache: `xla` defines it, `decode` and `extend` are for GPUs.
+
+`decode_attention` is the absorbed form (one query per sequence against the latents, MQA),
+`extend_attention` the naive form (keys and values expanded from the latents, MHA) for the new
+tokens of prompt chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.ops.dense import StackedWeight
+from model.ops.kernels import XLA, Kernels
+from model.ops.mla_attention import decode, extend, heads, xla
+from model.quantization import BlockFP8
+
+
+def decode_attention(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    kernels: Kernels = XLA,
+) -> jax.Array:
+    """One query per sequence against its cached latents.
+
+    Args:
+        q_latent: [B, H, C], queries multiplied by W_UK ("absorbed").
+        q_rope: [B, H, R], rotated.
+        kv: [L, N, S, C + R], the pool of this slice.
+        layer: i32 scalar.
+        tables: i32 [B, P].
+        lengths: i32 [B], KV tokens of each sequence, the new one included; 0 for padding.
+        scale: softmax scale.
+        kernels: which implementation.
+
+    Returns:
+        [B, H, C]: sums of latents, to be multiplied by W_UV; 0 for padding.
+    """
+    if kernels.decode_attention == "xla":
+        return xla.decode_attention(q_latent, q_rope, kv, layer, tables, lengths, scale=scale)
+    return decode.decode_attention(
+        q_latent, q_rope, kv, layer, tables, lengths, scale=scale, interpret=kernels.interpret
+    )
+
+
+def decode_heads(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    w_uk: Any,
+    w_uv: Any,
+    kv: jax.Array,
+    layer: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    kernels: Kernels = XLA,
+) -> jax.Array:
+    """Decode attention between the heads' own matrices: [B, H, nope] -> [B, H, V].
+
+    Args:
+        q_nope: [B, H, nope]; q_rope: [B, H, R], rotated.
+        w_uk: [H, nope, C]; w_uv: [H, C, V], as arrays or what stands for them.
+        kv, layer, tables, lengths, scale, kernels: see `decode_attention`.
+    """
+    if (
+        kernels.decode_attention == "pallas"
+        and isinstance(w_uk, StackedWeight)
+        and isinstance(w_uv, StackedWeight)
+        and not isinstance(w_uk.stack, BlockFP8)
+        and not isinstance(w_uv.stack, BlockFP8)
+    ):
+        product = functools.partial(heads.per_head, interpret=kernels.interpret)
+        q_latent = product(q_nope, w_uk.stack, w_uk.layer)
+        out, weights = decode.decode_parts(
+            *(q_latent, q_rope, kv, layer, tables, lengths),
+            scale=scale,
+            interpret=kernels.interpret,
+        )
+        if weights is not None and weights.shape[0] > heads.MAX_PARTS:
+            out = (out * weights[..., None]).sum(axis=0).astype(q_nope.dtype)
+            weights = None
+        return product(out, w_uv.stack, w_uv.layer, weights)
+    q_latent = jnp.einsum("bhn,hnc->bhc", q_nope, w_uk[...])
+    out = decode_attention(
+        q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
+    )
+    return jnp.einsum("bhc,hcv->bhv", out, w_uv[...])
+
+
+def extend_attention(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    w_uk: jax.Array,
+    w_uv: jax.Array,
+    latents: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array,
+    tables: jax.Array,
+    chunk_first_row: jax.Array,
+    chunk_rows: jax.Array,
+    chunk_start: jax.Array,
+    *,
+    scale: float,
+    kernels: Kernels = XLA,
+) -> jax.Array:
+    """Every prefill row against its own sequence: the cached prefix and the chunk up to itself.
+
+    Args:
+        q_nope: [M, H, nope]; q_rope: [M, H, R], rotated.
+        w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
+        latents: [M, C + R], the rows' own entries, which are in the pool too.
+        kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
+        chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
+        scale: softmax scale.
+        kernels: which implementation.
+
+    Returns:
+        [M, H, V]; 0 for padding rows.
+    """
+    chunks = (tables, chunk_first_row, chunk_rows, chunk_start)
+    if kernels.extend_attention == "xla":
+        return xla.extend_attention(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, scale=scale)
+    return extend.extend_attention(
+        q_nope,
+        q_rope,
+        w_uk,
+        w_uv,
+        latents,
+        kv,
+        layer,
+        *chunks,
+        scale=scale,
+        interpret=kernels.interpret,
+    )

@@ -1,0 +1,90 @@
+"""Products of every head with its own matrix, in Pallas (Triton): absorbing W_UK, applying W_UV.
+
+Both take a layer out of the weights' stack themselves. The second also merges the parts into which
+decode attention cuts a context.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from model.ops.kernels import largest_block
+from model.ops.mla_attention.pages import MIN_BLOCK
+
+MAX_PARTS = 4
+"""More parts of an attention do not fit the multiprocessor's memory at once."""
+
+
+def _kernel(x_ref, w_ref, layer_ref, *refs, rows: int, columns: int, depth: int):
+    """A block of rows and columns of one head. `refs`: the parts' weights, if any; the output."""
+    out_ref = refs[-1]
+    layer, head, first = layer_ref[0], pl.program_id(1), pl.program_id(0) * columns
+    row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    live = row < out_ref.shape[0]
+    one_row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+
+    def body(i, total):
+        at = i * depth + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
+        if len(refs) == 1:
+            x = plgpu.load(x_ref.at[row, head, at], mask=live, other=0)
+        else:
+            x = jnp.zeros((rows, depth), jnp.float32)
+            for p in range(x_ref.shape[0]):
+                part = jnp.int32(p)
+                weight = plgpu.load(
+                    refs[0].at[part, one_row, head], mask=one_row < out_ref.shape[0], other=0
+                )
+                x += plgpu.load(x_ref.at[part, row, head, at], mask=live, other=0) * weight[:, None]
+        w = w_ref[layer, head, pl.ds(i * depth, depth), pl.ds(first, columns)]
+        return total + jnp.dot(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+
+    zero = jnp.zeros((rows, columns), jnp.float32)
+    total = lax.fori_loop(0, x_ref.shape[-1] // depth, body, zero)
+    at = first + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    plgpu.store(out_ref.at[row, head, at], total.astype(out_ref.dtype), mask=live)
+
+
+def per_head(
+    x: jax.Array,
+    stack: jax.Array,
+    layer: jax.Array,
+    part_weights: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """x [B, H, K] times stack[layer] of [L, H, K, N]: [B, H, N] in the stack's dtype.
+
+    With `part_weights`, f32 [P, B, H], x is f32 [P, B, H, K] and the product is that of the parts'
+    weighted sum.
+    """
+    b, heads, k = x.shape[-3:]
+    n = stack.shape[-1]
+    rows = MIN_BLOCK
+    while rows < min(b, 64):
+        rows *= 2
+    if part_weights is not None:  # all parts of a block are summed in registers
+        rows = min(rows, 32)
+    columns, depth = largest_block(n, 64), largest_block(k, 64)
+    operands = [x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32)]
+    if part_weights is not None:
+        operands.append(part_weights)
+
+    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+    return pl.pallas_call(
+        functools.partial(_kernel, rows=rows, columns=columns, depth=depth),
+        grid=(n // columns, heads, -(-b // rows)),
+        in_specs=[whole(a.shape) for a in operands],
+        out_specs=whole((b, heads, n)),
+        out_shape=jax.ShapeDtypeStruct((b, heads, n), stack.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="per_head",
+    )(*operands)

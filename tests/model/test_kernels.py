@@ -1,0 +1,298 @@
+"""Every kernel against its XLA twin on fresh random inputs, interpreted; and lowered for CUDA.
+
+The twin's own definition is tested in test_ops.py. Memory that a kernel must not look at is NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import ModelConfig
+from model.moe import route
+from model.ops import routing
+from model.ops.dense import StackedWeight, matmul
+from model.ops.grouped_mlp import grouped_mlp
+from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
+from model.ops.kernels import XLA, Kernels
+from model.ops.mla_attention import decode, decode_attention, decode_heads, extend_attention
+from model.ops.mla_attention.heads import per_head
+from model.ops.routing import unsupported as routing_unsupported
+from tests.fixtures import DATA
+
+KERNELS = Kernels(
+    decode_attention="pallas",
+    extend_attention="pallas",
+    grouped_mlp="pallas",
+    dense="pallas",
+    routing="pallas",
+    interpret=True,
+)
+LAYERS, PAGES, LATENT, ROPE, NOPE, VALUE = 2, 120, 32, 16, 16, 32
+SCALE = 0.21
+
+
+@pytest.fixture
+def rng():
+    seed = np.random.SeedSequence().generate_state(1)[0]
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def pool_and_tables(rng, lengths, page_size, width, dtype="float32"):
+    """A pool in which only the sequences' own tokens are numbers, on scattered pages."""
+    kv = np.full((LAYERS, PAGES, page_size, LATENT + ROPE), np.nan, np.float32)
+    free = list(rng.permutation(np.arange(1, PAGES)))
+    tables = np.zeros((len(lengths), width), np.int32)
+    for row, length in zip(tables, lengths, strict=True):
+        for i in range(-(-length // page_size)):
+            row[i] = free.pop()
+            n = min(page_size, length - i * page_size)
+            kv[:, row[i], :n] = rng.standard_normal((LAYERS, n, LATENT + ROPE))
+    return jnp.asarray(kv).astype(dtype), jnp.asarray(tables)
+
+
+def no_nan(kv):
+    """The pool for the XLA twin, which multiplies what it does not see by zero."""
+    return jnp.where(jnp.isnan(kv.astype(jnp.float32)), 0, kv.astype(jnp.float32)).astype(kv.dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("heads", "page_size", "kv_dtype"),
+    [(16, 16, "float32"), (3, 64, "float32"), (40, 16, "float32"), (16, 32, "float8_e4m3fn")],
+)
+def test_decode_attention_equals_its_twin(rng, heads, page_size, kv_dtype, splits):
+    lengths = [1, 16, 17, 0, 129, 300]
+    kv, tables = pool_and_tables(rng, lengths, page_size, 20, kv_dtype)
+    q_latent = jnp.asarray(rng.standard_normal((len(lengths), heads, LATENT)), jnp.float32)
+    q_rope = jnp.asarray(rng.standard_normal((len(lengths), heads, ROPE)), jnp.float32)
+    args = (jnp.int32(1), tables, jnp.array(lengths))
+    want = decode_attention(q_latent, q_rope, no_nan(kv), *args, scale=SCALE)
+    got = decode.decode_attention(
+        q_latent, q_rope, kv, *args, scale=SCALE, interpret=True, splits=splits
+    )
+    np.testing.assert_allclose(got, want, atol=3e-5)
+    assert (np.asarray(got[3]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunks"),  # chunks: (start, rows)
+    [
+        (32, [(0, 5), (7, 1), (120, 20)]),
+        (300, [(0, 150), (130, 140)]),
+        (256, [(0, 256)]),
+        (16, []),
+        (130, [(500, 129)]),
+        (200, [(0, 90), (0, 1), (0, 100)]),
+    ],
+)
+@pytest.mark.parametrize("heads", [3, 16])
+def test_extend_attention_equals_its_twin(rng, rows, chunks, heads):
+    contexts = [start + n for start, n in chunks]
+    kv, tables = pool_and_tables(rng, contexts + [0] * (4 - len(chunks)), 16, 42)
+    first = np.full(4, rows, np.int32)
+    counts, starts = np.zeros(4, np.int32), np.zeros(4, np.int32)
+    latents = np.zeros((rows, LATENT + ROPE), np.float32)
+    at = 0
+    for i, (start, n) in enumerate(chunks):
+        first[i], counts[i], starts[i] = at, n, start
+        latents[at : at + n] = np.asarray(
+            kv[1][tables[i]].reshape(-1, LATENT + ROPE)[start : start + n]
+        )
+        at += n
+    shapes = [(rows, heads, NOPE), (rows, heads, ROPE), (heads, NOPE, LATENT)]
+    arrays = [rng.standard_normal(s) for s in (*shapes, (heads, LATENT, VALUE))]
+    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
+
+    def run(kv, kernels):
+        return extend_attention(
+            *(*arrays, jnp.asarray(latents), kv, jnp.int32(1), tables),
+            *(jnp.asarray(a) for a in (first, counts, starts)),
+            scale=SCALE / 4,
+            kernels=kernels,
+        )
+
+    got, want = run(kv, KERNELS), run(no_nan(kv), XLA)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert (np.asarray(got[at:]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "skew"),
+    [(1, 4, 2, 0), (64, 8, 3, 0), (300, 3, 2, 0), (50, 8, 1, 1), (20, 5, 4, 2), (7, 4, 2, 3)],
+)
+def test_grouped_mlp_equals_its_twin(rng, tokens, experts, k, skew):
+    width, inner = 64, 48
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
+    w1 = jnp.asarray(rng.standard_normal((2, experts, width, 2, inner)) * 0.2, jnp.float32)
+    w2 = jnp.asarray(rng.standard_normal((2, experts, inner, width)) * 0.2, jnp.float32)
+    ids = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)]).astype(np.int32)
+    if skew == 1:
+        ids[:] = 5  # all to one expert
+    if skew == 2:
+        ids[rng.random(ids.shape) < 0.6] = -1  # most pairs absent
+        ids[3] = -1
+    if skew == 3:
+        ids[:] = -1
+    weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)
+    args = (x, jnp.asarray(ids), weights, w1, w2, jnp.int32(1))
+    got, want = grouped_mlp(*args, kernels=KERNELS), grouped_mlp(*args)
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+def test_a_token_is_computed_alike_beside_others(rng):
+    """The bits of a token's sum do not depend on who shares its blocks."""
+    x = jnp.asarray(rng.standard_normal((40, 32)), jnp.float32)
+    w1 = jnp.asarray(rng.standard_normal((1, 4, 32, 2, 16)), jnp.float32)
+    w2 = jnp.asarray(rng.standard_normal((1, 4, 16, 32)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 4, (40, 2)), jnp.int32)
+    weights = jnp.asarray(rng.random((40, 2)), jnp.float32)
+    alone = ids.at[1:].set(-1)
+    together, single = (
+        grouped_mlp(x, i, weights, w1, w2, jnp.int32(0), kernels=KERNELS) for i in (ids, alone)
+    )
+    np.testing.assert_array_equal(together[0], single[0])
+
+
+def test_pairs_are_sorted_stably_with_absent_ones_last(rng):
+    ids = rng.integers(-1, 5, 500).astype(np.int32)
+    order, counts = sort_pairs(jnp.asarray(ids), 5)
+    want = np.argsort(np.where(ids < 0, 5, ids), kind="stable")
+    np.testing.assert_array_equal(order, want)
+    np.testing.assert_array_equal(counts, [*np.bincount(ids[ids >= 0], minlength=5), 0, 0, 0])
+
+
+def test_blocks_follow_the_mean_load():
+    assert [block_rows(6 * t, 64) for t in (1, 64, 128, 256, 2048)] == [16, 16, 16, 32, 128]
+    t = tiles(16, 1408, 2048, 2, gated=True)
+    assert (1408 % t.columns, 2048 % t.depth) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inside", "outside"),
+    [(1, (64,), (48,)), (70, (256,), (2, 96)), (5, (4, 16), (32,))],
+)
+def test_products_with_a_stack_equal_those_with_its_layer(rng, rows, inside, outside):
+    stack = jnp.asarray(rng.standard_normal((3, *inside, *outside)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((rows, *inside)), jnp.float32)
+    weight = StackedWeight(stack=stack, layer=jnp.int32(2))
+    got = matmul(x, weight, len(inside), KERNELS)
+    assert got.shape == (rows, *outside)
+    np.testing.assert_allclose(got, matmul(x, stack[2], len(inside), XLA), atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [None, 3])
+def test_products_of_every_head_equal_an_einsum(rng, parts):
+    stack = jnp.asarray(rng.standard_normal((2, 3, 64, 48)), jnp.float32)
+    lead = () if parts is None else (parts,)
+    x = jnp.asarray(rng.standard_normal((*lead, 37, 3, 64)), jnp.float32)
+    weights, summed = None, x
+    if parts is not None:
+        weights = jnp.asarray(rng.random((parts, 37, 3)), jnp.float32)
+        summed = (x * weights[..., None]).sum(axis=0)
+    got = per_head(x, stack, jnp.int32(1), weights, interpret=True)
+    np.testing.assert_allclose(got, jnp.einsum("bhk,hkn->bhn", summed, stack[1]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek_v2_lite", "moonlight", "mixtral"]
+)  # softmax; sigmoid with bias; softmax, normalised
+def test_routing_equals_its_twin(rng, name):
+    config = ModelConfig.from_folder(DATA / name)
+    assert routing_unsupported(config.num_experts, config.num_groups) is None
+    logits = jnp.asarray(rng.standard_normal((21, config.num_experts)) * 2, jnp.float32)
+    bias = jnp.asarray(rng.uniform(-1.5, -0.5, config.num_experts), jnp.float32)
+    bias = bias if config.router_bias else None
+    got = routing.route(
+        logits,
+        bias,
+        k=config.num_experts_per_token,
+        scoring=config.scoring,
+        normalize=config.normalize_weights,
+        scale=config.routed_scaling,
+        interpret=True,
+    )
+    ids, weights = route(logits, bias, config)
+    np.testing.assert_array_equal(got[0], ids)
+    np.testing.assert_allclose(got[1], weights, rtol=1e-5)
+
+
+def lowered_for_cuda(fn, *args):
+    try:
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "AbstractDevice" not in str(error):
+            raise
+    # Newer versions ask which GPU: an abstract one will do.
+    device = jax.sharding.AbstractDevice(
+        platform="cuda", device_kind="NVIDIA H100 80GB HBM3", num_cores=None
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_of_a_real_model_lower_for_cuda(dtype):
+    """The shapes of DeepSeek-V2-Lite: what interpret mode accepts, Triton may refuse."""
+    kernels = dataclasses.replace(KERNELS, interpret=False)
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    i32 = jnp.int32
+    layer, pool = array(dtype=i32), array(27, 1000, 16, 576)
+    text = lowered_for_cuda(
+        lambda *a: decode_attention(*a, scale=0.1, kernels=kernels),
+        *(array(64, 16, 512), array(64, 16, 64), pool, layer),
+        *(array(64, 300, dtype=i32), array(64, dtype=i32)),
+    )
+    assert "triton" in text
+    text = lowered_for_cuda(
+        lambda *a: extend_attention(*a, scale=0.1, kernels=kernels),
+        *(array(2048, 16, 128), array(2048, 16, 64), array(16, 128, 512), array(16, 512, 128)),
+        *(array(2048, 576), pool, layer, array(64, 300, dtype=i32)),
+        *(array(64, dtype=i32) for _ in range(3)),
+    )
+    assert text.count("gpu.triton") == 3 or "triton" in text
+    stacks = array(27, 16, 128, 512), array(27, 16, 512, 128)
+    text = lowered_for_cuda(
+        lambda q, r, uk, uv, pool, layer, *a: decode_heads(
+            q,
+            r,
+            StackedWeight(stack=uk, layer=layer),
+            StackedWeight(stack=uv, layer=layer),
+            *(pool, layer, *a),
+            scale=0.1,
+            kernels=kernels,
+        ),
+        *(array(64, 16, 128), array(64, 16, 64), *stacks, pool, layer),
+        *(array(64, 300, dtype=i32), array(64, dtype=i32)),
+    )
+    assert text.count("per_head") >= 2
+    text = lowered_for_cuda(
+        lambda x, w, i: matmul(x, StackedWeight(stack=w, layer=i), 1, kernels),
+        *(array(64, 2048), array(26, 2048, 2, 2816), layer),
+    )
+    assert "triton" in text
+    text = lowered_for_cuda(
+        lambda x: routing.route(x, None, k=6, scoring="softmax", normalize=True, scale=1.0),
+        array(64, 64, dtype=jnp.float32),
+    )
+    assert "triton" in text
+    for tokens in (1, 64, 256, 4096):
+        text = lowered_for_cuda(
+            lambda *a: grouped_mlp(*a, kernels=kernels),
+            *(
+                array(tokens, 2048),
+                array(tokens, 6, dtype=i32),
+                array(tokens, 6, dtype=jnp.float32),
+            ),
+            *(array(26, 64, 2048, 2, 1408), array(26, 64, 1408, 2048), layer),
+        )
+        assert "triton" in text
