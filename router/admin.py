@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.config import RouterConfig
 from router.metrics import RouterMetrics
 from router.monitor import Monitor
-from router.proxy import ROUTES, error_body
+from router.proxy import ROUTES, UNAUTHORIZED, error_body
 from router.registration import (
     Changes,
     Job,
@@ -452,9 +452,7 @@ _STATUSES = frozenset(HTTPStatus)
 
 def _servers(parts: Parts) -> list[Worker]:
     """One worker of each server."""
-    return list({worker.base_url: worker for worker in reversed(parts.registry.list())}.values())[
-        ::-1
-    ]
+    return [workers[0] for workers in parts.registry.servers()]
 
 
 # ---- forms -------------------------------------------------------------------------------------
@@ -588,9 +586,8 @@ def _guarded(handler: Handler) -> Handler:
     async def guarded(parts: Parts, request: Request) -> Response:
         if parts.security.authorized(list(request.scope["headers"])):
             return await handler(parts, request)
-        message = "The key in `Authorization: Bearer <key>` is missing or wrong."
         return Response(
-            error_body(401, "unauthorized", message),
+            UNAUTHORIZED,
             401,
             headers={"www-authenticate": "Bearer"},
             media_type="application/json",

@@ -17,7 +17,7 @@ from router.front import Call, Handler, HeaderList, as_asgi
 from router.limits import Limiter
 from router.metrics import RouterMetrics
 from router.monitor import Monitor
-from router.proxy import JSON, ROUTES, Proxy, error_body
+from router.proxy import JSON, ROUTES, UNAUTHORIZED, Proxy
 from router.registration import Registration
 from router.routing import Router
 from router.security import Security
@@ -55,10 +55,9 @@ class App:
             await self._proxy.handle(call)
 
     def _refuse_key(self, call: Call) -> None:
-        message = "The key in `Authorization: Bearer <key>` is missing or wrong."
         headers: HeaderList = [JSON, (b"www-authenticate", b"Bearer")]
         headers += self._security.answer_headers(call.headers)
-        call.answer(401, headers, error_body(401, "unauthorized", message))
+        call.answer(401, headers, UNAUTHORIZED)
 
 
 class RouterService:

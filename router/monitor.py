@@ -20,7 +20,7 @@ from router.config import RouterConfig
 from router.metrics import RouterMetrics
 from router.registration import Registration, bearer
 from router.routing import Router
-from router.upstream import Upstream, UpstreamError
+from router.upstream import Upstream, UpstreamError, probe
 from router.workers import ReportedLoad, Worker, WorkerRegistry
 
 TICK_S = 0.1
@@ -96,7 +96,7 @@ class Monitor:
 
     async def read_loads(self) -> dict[str, int | None]:
         """The tokens that each worker says it has to do with now, by its name; None: no answer."""
-        servers = self._servers()
+        servers = self._registry.servers()
         answers = await asyncio.gather(*(self._ask_load(ranks[0]) for ranks in servers))
         told: dict[str, int | None] = {}
         now = self._clock()
@@ -116,7 +116,7 @@ class Monitor:
 
     def _ask_who_is_due(self) -> None:
         now = self._clock()
-        servers = self._servers()
+        servers = self._registry.servers()
         for ranks in servers:
             worker = ranks[0]
             # Registered is asked: the first check comes an interval later.
@@ -159,22 +159,16 @@ class Monitor:
         self._on_unhealthy(worker)
 
     async def _is_well(self, worker: Worker) -> bool:
-        try:
-            response = await self._upstream.request(
-                worker.base_url,
-                "GET",
-                self._config.health_check_endpoint,
-                bearer(worker.api_key),
-                timeout=worker.health_check_timeout_secs,
-            )
-            await response.read()
-        except UpstreamError as error:
-            logger.info("Health check of %s: %s", worker.base_url, error)
-            return False
-        if response.status < 200 or response.status >= 300:
-            logger.info("Health check of %s: status %d", worker.base_url, response.status)
-            return False
-        return True
+        problem = await probe(
+            self._upstream,
+            worker.base_url,
+            self._config.health_check_endpoint,
+            bearer(worker.api_key),
+            timeout=worker.health_check_timeout_secs,
+        )
+        if problem is not None:
+            logger.info("Health check of %s: %s", worker.base_url, problem)
+        return problem is None
 
     # loads
 
@@ -201,13 +195,6 @@ class Monitor:
         while True:
             await asyncio.sleep(self._config.eviction_interval_secs)
             self._router.forget_old()
-
-    def _servers(self) -> list[list[Worker]]:
-        """The workers, those of one server together."""
-        servers: dict[str, list[Worker]] = {}
-        for worker in self._registry.list():
-            servers.setdefault(worker.base_url, []).append(worker)
-        return list(servers.values())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

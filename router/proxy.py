@@ -153,6 +153,11 @@ def failure_of(error: UpstreamError, *, answering: bool) -> Failure:
     return Failure(status=500, code=code, message=f"Worker {error.url}: {error}", reached=reached)
 
 
+UNAUTHORIZED = error_body(
+    401, "unauthorized", "The key in `Authorization: Bearer <key>` is missing or wrong."
+)
+
+
 class Proxy:
     """Gives generation requests, those to the paths of `ROUTES`, to workers.
 

@@ -23,7 +23,7 @@ from router.config import RouterConfig
 from router.health import HealthState
 from router.metrics import RouterMetrics
 from router.routing import Router
-from router.upstream import Headers, Upstream, UpstreamError, parse_target
+from router.upstream import Headers, Upstream, UpstreamError, parse_target, probe
 from router.workers import UNKNOWN_MODEL, Worker, WorkerRegistry, make_worker
 
 PROBE_WAITS_S = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
@@ -361,7 +361,13 @@ class Registration:
         timeout = new.health_check_timeout_secs or self._config.health_check_timeout_secs
         tries = 0
         while True:
-            problem = await self._probe(url, new.api_key, timeout)
+            problem = await probe(
+                self._upstream,
+                url,
+                self._config.health_check_endpoint,
+                bearer(new.api_key),
+                timeout=timeout,
+            )
             if problem is None:
                 return
             wait = PROBE_WAITS_S[min(tries, len(PROBE_WAITS_S) - 1)]
@@ -374,19 +380,6 @@ class Registration:
                 )
             tries += 1
             await asyncio.sleep(wait)
-
-    async def _probe(self, url: str, api_key: str | None, timeout: float) -> str | None:
-        """What is wrong with a server; None if nothing is."""
-        try:
-            response = await self._upstream.request(
-                url, "GET", self._config.health_check_endpoint, bearer(api_key), timeout=timeout
-            )
-            await response.read()
-        except UpstreamError as error:
-            return str(error)
-        if 200 <= response.status < 300:
-            return None
-        return f"GET {self._config.health_check_endpoint} answered {response.status}"
 
     async def _ask_info(self, url: str, api_key: str | None) -> dict[str, Any]:
         """What a server says of itself, all in one; what it does not say is missing."""

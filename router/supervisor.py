@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from router.upstream import Upstream, UpstreamError
+from router.upstream import Upstream, probe
 
 CHECK_S = 0.2
 """Seconds between two looks at a worker that is starting."""
@@ -135,14 +135,8 @@ class Supervisor:
 
     async def healthy(self, url: str) -> bool:
         """Whether a worker answers that it is well."""
-        try:
-            response = await self._upstream.request(
-                url, "GET", self._health_path, timeout=CHECK_TIMEOUT_S
-            )
-            await response.read()
-        except UpstreamError:
-            return False
-        return 200 <= response.status < 300
+        problem = await probe(self._upstream, url, self._health_path, timeout=CHECK_TIMEOUT_S)
+        return problem is None
 
     async def came_up(self, url: str) -> None:
         """A worker answers."""

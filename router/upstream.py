@@ -234,6 +234,18 @@ class Upstream:
             self._sweep = asyncio.get_running_loop().call_later(SWEEP_S, self._close_unused)
 
 
+async def probe(
+    upstream: Upstream, url: str, path: str, headers: Headers = (), *, timeout: float
+) -> str | None:
+    """What is wrong with a server by its health check; None if nothing is."""
+    try:
+        response = await upstream.request(url, "GET", path, headers, timeout=timeout)
+        await response.read()
+    except UpstreamError as error:
+        return str(error)
+    return None if 200 <= response.status < 300 else f"GET {path} answered {response.status}"
+
+
 class UpstreamResponse:
     """An answer whose headers are there; its body comes in chunks, in order, each byte once.
 

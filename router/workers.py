@@ -155,6 +155,13 @@ class WorkerRegistry:
         base_url = base_url.rstrip("/")
         return [worker for worker in self._listed if worker.base_url == base_url]
 
+    def servers(self) -> Sequence[Sequence[Worker]]:
+        """The workers, those of one server together."""
+        servers: dict[str, list[Worker]] = {}
+        for worker in self._listed:
+            servers.setdefault(worker.base_url, []).append(worker)
+        return tuple(servers.values())
+
     def list(self) -> tuple[Worker, ...]:
         return self._listed
 

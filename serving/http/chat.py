@@ -73,7 +73,7 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
     refuse_not_served(body)
     logprobs = _num_logprobs(body)
     tokenizer, config = state.tokenizer, state.config
-    use = tool_use(body, parser=config.tool_call_parser, chat_template=tokenizer.chat_template)
+    use = tool_use(body, parser=config.tool_call_parser, native=state.native_tools)
     reasoning = REASONING_FORMATS.get(config.reasoning_parser or "")
     prompt = chat_prompt(body, use, tokenizer, reasoning)
     ids, param = tuple(prompt.ids), "messages" if body.input_ids is None else "input_ids"

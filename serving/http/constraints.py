@@ -1,7 +1,7 @@
 """What an answer must look like, from a body's fields: at most one grammar, checked.
 
 `regex`, `ebnf`, `json_schema` and `response_format` are four ways to ask for the same thing. A
-`tool_choice` that demands a call is a fifth, and has its grammar from `dialogue`.
+`tool_choice` that demands a call is a fifth, and has its grammar from `tool_use`.
 """
 
 from __future__ import annotations

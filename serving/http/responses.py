@@ -74,12 +74,14 @@ async def create_response(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
     began = state.timer()
     body = await read_body(request, ResponsesBody)
+
+    def checked() -> tuple[ChatBody, Call]:
+        chat = to_chat_body(body)
+        return chat, to_call(state, chat, request.headers, began)
+
     try:
         # Tokenising a long text takes seconds: other streams must not wait for it.
-        chat = await off_loop(state.slow_lane, request, to_chat_body, body)
-        call = await off_loop(
-            state.slow_lane, request, to_call, state, chat, request.headers, began
-        )
+        chat, call = await off_loop(state.slow_lane, request, checked)
         await check_constraint(request, chat, state.grammars, [call])
     except ApiError as error:
         _raise_in_our_words(error)

@@ -23,6 +23,7 @@ from serving.http.loads import LoadWatch
 from serving.http.metrics import FrontMetrics
 from serving.http.offload import slow_lane
 from serving.http.sampling import SamplingDefaults
+from serving.parsers.tool_calls import ToolFormat, native_format
 from serving.tokenizer import Tokenizer
 
 MAX_RID_LENGTH = 256
@@ -40,6 +41,7 @@ class ServerState:
         seeds: draws the seed of every request without one.
         timer: seconds of a clock that does not jump, for durations.
         slow_lane: reads large bodies, one at a time.
+        native_tools: how the model writes tool calls by itself, as far as that is known.
         started: when the server began to serve, by `clock`.
         stopping: the server answers what it has begun and is no longer healthy.
     """
@@ -58,12 +60,16 @@ class ServerState:
     slow_lane: ThreadPoolExecutor = field(default_factory=slow_lane)
     metrics: FrontMetrics = field(init=False)
     loads: LoadWatch = field(init=False)
+    native_tools: ToolFormat | None = field(init=False)
     _live: dict[str, str] = field(default_factory=dict)
     _serial: int = 0
 
     def __post_init__(self) -> None:
         self.metrics = FrontMetrics(self.config.model_name)
         self.loads = LoadWatch(self.engine, self.timer)
+        self.native_tools = native_format(
+            self.config.tool_call_parser, self.tokenizer.chat_template
+        )
 
     @property
     def version(self) -> str:

@@ -1,11 +1,10 @@
 """Text to token ids and back over HTTP, and the routes of models that this server has none of.
 
-Tokenising runs in threads: a long text takes seconds, and streams must not wait for it.
+Long texts are tokenised in threads (`offload`): they take seconds, and streams must not wait.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from serving.http.completions import MAX_PROMPTS
 from serving.http.conversation import chat_prompt
 from serving.http.errors import ApiError, json_response
 from serving.http.native_protocol import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
+from serving.http.offload import off_loop
 from serving.http.protocol import ChatBody, read_body, refuse_not_served
 from serving.http.state import ServerState
 from serving.http.tool_use import tool_use
@@ -23,13 +23,13 @@ from serving.http.tool_use import tool_use
 async def tokenize(state: ServerState, request: Request) -> Response:
     """The token ids of a text, of several, or of a conversation."""
     body = await read_body(request, TokenizeBody)
-    return json_response(await asyncio.to_thread(_tokenized, state, body))
+    return json_response(await off_loop(state.slow_lane, request, _tokenized, state, body))
 
 
 async def detokenize(state: ServerState, request: Request) -> Response:
     """The text of token ids, or of several lists of them."""
     body = await read_body(request, DetokenizeBody)
-    return json_response(await asyncio.to_thread(_detokenized, state, body))
+    return json_response(await off_loop(state.slow_lane, request, _detokenized, state, body))
 
 
 async def embeddings(state: ServerState, request: Request) -> Response:
@@ -92,9 +92,7 @@ def _conversation(state: ServerState, body: TokenizeBody) -> list[int]:
         messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs
     )
     refuse_not_served(chat)
-    use = tool_use(
-        chat, parser=state.config.tool_call_parser, chat_template=state.tokenizer.chat_template
-    )
+    use = tool_use(chat, parser=state.config.tool_call_parser, native=state.native_tools)
     return chat_prompt(chat, use, state.tokenizer, None).ids
 
 

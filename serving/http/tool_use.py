@@ -14,12 +14,7 @@ import msgspec
 
 from serving.http.errors import ApiError
 from serving.http.protocol import ChatBody, NamedTool, Tool
-from serving.parsers.tool_calls import (
-    REQUIRED_CALLS,
-    TOOL_FORMATS,
-    ToolFormat,
-    infer_tool_format,
-)
+from serving.parsers.tool_calls import REQUIRED_CALLS, TOOL_FORMATS, ToolFormat
 from serving.request import Grammar
 
 CHOICES = ("auto", "none", "required")
@@ -49,12 +44,12 @@ class ToolUse:
     grammar: Grammar | None = None
 
 
-def tool_use(body: ChatBody, *, parser: str, chat_template: str | None) -> ToolUse:
+def tool_use(body: ChatBody, *, parser: str, native: ToolFormat | None) -> ToolUse:
     """What a body says of functions.
 
     Args:
         parser: the value of --tool-call-parser.
-        chat_template: the model's, which "auto" infers the format from.
+        native: the model's own format, see `native_format`.
 
     Raises:
         ApiError: `tools` or `tool_choice` has a wrong form, or calls cannot be read.
@@ -68,7 +63,6 @@ def tool_use(body: ChatBody, *, parser: str, chat_template: str | None) -> ToolU
             f"'{choice[:64]}'.",
             param="tool_choice",
         )
-    native = _native(parser, chat_template)
     if not tools:
         if choice == "required":
             raise ApiError(
@@ -140,12 +134,6 @@ def _check(tools: list[Tool]) -> None:
                 f"Tool {i} function has invalid 'parameters' schema: it must be an object.",
                 param="tools",
             )
-
-
-def _native(parser: str, chat_template: str | None) -> ToolFormat | None:
-    """How the model writes calls by itself; None where nothing tells, or nobody wants to know."""
-    name = infer_tool_format(chat_template or "") if parser == "auto" else parser
-    return None if name is None or name == "none" else TOOL_FORMATS[name]
 
 
 def _shown(tool: Tool) -> dict[str, Any]:

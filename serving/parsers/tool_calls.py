@@ -196,6 +196,16 @@ def infer_tool_format(chat_template: str) -> str | None:
     return next((name for mark, name in marks.items() if mark in chat_template), None)
 
 
+def native_format(parser: str, chat_template: str | None) -> ToolFormat | None:
+    """How the model writes calls by itself; None where nothing tells, or nobody wants to know.
+
+    Args:
+        parser: the value of --tool-call-parser; "auto" goes by the template.
+    """
+    name = infer_tool_format(chat_template or "") if parser == "auto" else parser
+    return None if name is None or name == "none" else TOOL_FORMATS[name]
+
+
 def describe_tools(tools: Sequence[Mapping[str, Any]], form: ToolFormat | None) -> str:
     """A system message that offers functions, for templates that do not do it themselves.
 
