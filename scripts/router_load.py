@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
-from bisect import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 from urllib.parse import urlsplit
 
 from router.upstream import Upstream, UpstreamError
+from scripts import workloads
 from scripts.benchmarking import percentile
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -37,78 +35,43 @@ class Session:
     chat: bool = False
 
 
-def text(rng: random.Random, num_tokens: int) -> str:
-    return "".join(rng.choices(WORDS, k=num_tokens))
-
-
-def zipf_picker(num: int, exponent: float, rng: random.Random) -> Callable[[], int]:
-    """Draws from 0 to num - 1, the first most often; evenly where the exponent is 0."""
-    weights = list(accumulate(1 / (i + 1) ** exponent for i in range(num)))
-    return lambda: min(num - 1, bisect(weights, rng.random() * weights[-1]))
-
-
-def shared_prefix(
-    *,
-    groups: int = 64,
-    requests: int = 614,
-    prefix_tokens: int = 2048,
-    question_tokens: int = 128,
-    max_tokens: int = 32,
-    exponent: float = 0.0,
-    seed: int = 1,
-) -> list[Session]:
-    """Single requests over long prefixes; with exponent 0 every group equally often, shuffled."""
-    rng = random.Random(seed)
-    prefixes = [text(rng, prefix_tokens) for _ in range(groups)]
-    if exponent:
-        pick = zipf_picker(groups, exponent, rng)
-        order = [pick() for _ in range(requests)]
-    else:
-        order = [i % groups for i in range(requests)]
-        rng.shuffle(order)
-    return [
-        Session(prefix=prefixes[g], turns=(text(rng, question_tokens),), max_tokens=max_tokens)
-        for g in order
-    ]
-
-
-def multi_turn(
-    *,
-    groups: int = 64,
-    conversations: int = 153,
-    turns: int = 4,
-    prefix_tokens: int = 1024,
-    question_tokens: int = 128,
-    max_tokens: int = 32,
-    exponent: float = 0.9,
-    seed: int = 2,
-) -> list[Session]:
-    """Conversations whose system prompts are shared by groups of different popularity."""
-    rng = random.Random(seed)
-    prefixes = [text(rng, prefix_tokens) for _ in range(groups)]
-    pick = zipf_picker(groups, exponent, rng)
-    return [
-        Session(
-            prefix=prefixes[pick()],
-            turns=tuple(text(rng, question_tokens) for _ in range(turns)),
-            max_tokens=max_tokens,
-            chat=True,
-        )
-        for _ in range(conversations)
-    ]
-
-
 def sessions_of(workload: str, *, seed: int, scale: float = 1.0) -> list[Session]:
-    """The sessions of gsp, zipf or chat (`gsp` uniform and `zipf` skewed shared prefixes)."""
+    """The sessions of gsp, zipf or chat (`gsp` uniform and `zipf` skewed shared prefixes).
+
+    They are those of `scripts.workloads`, a word for each token.
+
+    Raises:
+        ValueError: there is no such workload.
+    """
+    vocabulary = workloads.Vocabulary(workloads.FIRST_TOKEN + len(WORDS), seed)
     num = int(614 * scale)
+    sizes = {"groups": 64, "question_tokens": 128, "output_tokens": 32}
     match workload:
         case "gsp":
-            return shared_prefix(requests=num, seed=seed)
+            drawn = workloads.shared_prefix(vocabulary, requests=num, prefix_tokens=2048, **sizes)
         case "zipf":
-            return shared_prefix(requests=num, exponent=1.1, seed=seed)
+            drawn = workloads.shared_prefix(
+                vocabulary, requests=num, prefix_tokens=2048, zipf=1.1, **sizes
+            )
         case "chat":
-            return multi_turn(conversations=num // 4, seed=seed)
-    raise ValueError(f"A workload is gsp, zipf or chat, got '{workload}'.")
+            drawn = workloads.multi_turn(
+                vocabulary, conversations=num // 4, turns=4, prefix_tokens=1024, zipf=0.9, **sizes
+            )
+        case _:
+            raise ValueError(f"A workload is gsp, zipf or chat, got '{workload}'.")
+    return [
+        Session(
+            prefix=_text(session.prefix),
+            turns=tuple(map(_text, session.turns)),
+            max_tokens=session.max_tokens,
+            chat=workload == "chat",
+        )
+        for session in drawn
+    ]
+
+
+def _text(tokens: workloads.Tokens) -> str:
+    return "".join(WORDS[token - workloads.FIRST_TOKEN] for token in tokens)
 
 
 class _LoadConnection(asyncio.Protocol):

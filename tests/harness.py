@@ -22,6 +22,15 @@ from sharding.step import ModelSpec, abstract_array, sharded
 PAGE_SIZE = 4
 NUM_PAGES = 160
 TABLE_WIDTH = 56
+KERNELS = Kernels(
+    decode_attention="pallas",
+    extend_attention="pallas",
+    grouped_mlp="pallas",
+    dense="pallas",
+    routing="pallas",
+    interpret=True,
+)
+"""Every kernel, run as ordinary JAX operations."""
 
 
 @dataclass(kw_only=True)

@@ -18,20 +18,13 @@ from model.ops import routing
 from model.ops.dense import StackedWeight, matmul
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
-from model.ops.kernels import XLA, Kernels
+from model.ops.kernels import XLA
 from model.ops.mla_attention import decode, decode_attention, decode_heads, extend_attention
 from model.ops.mla_attention.heads import per_head
 from model.ops.routing import unsupported as routing_unsupported
 from tests.fixtures import DATA
+from tests.harness import KERNELS
 
-KERNELS = Kernels(
-    decode_attention="pallas",
-    extend_attention="pallas",
-    grouped_mlp="pallas",
-    dense="pallas",
-    routing="pallas",
-    interpret=True,
-)
 LAYERS, PAGES, LATENT, ROPE, NOPE, VALUE = 2, 120, 32, 16, 16, 32
 SCALE = 0.21
 

@@ -11,88 +11,31 @@ import heapq
 import itertools
 import json
 import random
-from bisect import bisect
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
 
 from router.config import RouterConfig
 from router.request import RoutedRequest
 from router.routing import Outcome, Router
 from router.workers import Worker, WorkerRegistry, make_worker
-
-CHARS = 4
-PAGE_CHARS = 64
-WORDS = [a + b + c + " " for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"]
-
-
-def words(rng: random.Random, tokens: int) -> str:
-    return "".join(rng.choices(WORDS, k=tokens))
-
-
-@dataclass(kw_only=True)
-class Session:
-    """A shared prefix and the turns behind it, each with the whole conversation so far."""
-
-    prefix: str
-    turns: list[str]
-    chat: bool = False
-
-
-def zipf(n: int, s: float, rng: random.Random) -> Callable[[], int]:
-    weights = list(accumulate(1 / (i + 1) ** s for i in range(n)))
-    return lambda: min(n - 1, bisect(weights, rng.random() * weights[-1]))
-
-
-def gsp(seed: int, num: int = 600, skew: float = 0.0, groups: int = 64) -> list[Session]:
-    """Questions behind long prefixes, every prefix equally often or by a zipf law."""
-    rng = random.Random(seed)
-    prefixes = [words(rng, 2048) for _ in range(groups)]
-    if skew:
-        pick = zipf(groups, skew, rng)
-        order = [pick() for _ in range(num)]
-    else:
-        order = [i % groups for i in range(num)]
-        rng.shuffle(order)
-    return [Session(prefix=prefixes[g], turns=[words(rng, 128)]) for g in order]
-
-
-def conversations(seed: int, num: int = 153) -> list[Session]:
-    """Four turns behind system prompts of a skewed popularity."""
-    rng = random.Random(seed)
-    prefixes = [words(rng, 1024) for _ in range(64)]
-    pick = zipf(64, 0.9, rng)
-    return [
-        Session(prefix=prefixes[pick()], turns=[words(rng, 128) for _ in range(4)], chat=True)
-        for _ in range(num)
-    ]
-
-
-@lru_cache(8)
-def workload(name: str, seed: int) -> list[Session]:
-    """One of WORKLOADS."""
-    match name:
-        case "gsp":
-            return gsp(seed)
-        case "zipf":
-            return gsp(seed, skew=1.1)
-        case _:
-            return conversations(seed)
-
+from scripts.router_load import Session, sessions_of
+from scripts.simulated_worker import CHARS_PER_TOKEN, PrefixCache
 
 WORKLOADS = ("gsp", "zipf", "chat")
 
 
+@lru_cache(8)
+def workload(name: str, seed: int) -> list[Session]:
+    """One of WORKLOADS, as the router's benchmark plays it."""
+    return sessions_of(name, seed=seed)
+
+
 # The same texts come again, for each policy that is played: what they are hashed to is kept.
 @lru_cache(4096)
-def _chain(text: str) -> tuple[int, ...]:
-    chain, name = [], 0
-    for end in range(PAGE_CHARS, len(text) + 1, PAGE_CHARS):
-        name = hash((name, text[end - PAGE_CHARS : end]))
-        chain.append(name)
-    return tuple(chain)
+def _chain(text: str) -> list[int]:
+    return PrefixCache(0).chain(text)
 
 
 @lru_cache(4096)
@@ -100,33 +43,11 @@ def _parsed(path: str, body: bytes) -> RoutedRequest:
     return RoutedRequest.parse(path, body)
 
 
-class Cache:
-    """Paged, bounded, the least recently used page goes first; leaves before their parents."""
-
-    def __init__(self, tokens: int) -> None:
-        self.limit = tokens * CHARS // PAGE_CHARS
-        self.pages: OrderedDict[int, None] = OrderedDict()
-
-    def take(self, text: str) -> int:
-        """Tokens of the text that are cached; all of it is, from now on."""
-        chain, num = _chain(text), 0
-        for page in chain:
-            if page not in self.pages:
-                break
-            num += 1
-        for page in reversed(chain):
-            self.pages[page] = None
-            self.pages.move_to_end(page)
-        while len(self.pages) > self.limit:
-            self.pages.popitem(last=False)
-        return num * PAGE_CHARS // CHARS
-
-
 @dataclass(kw_only=True)
 class Server:
     """One worker's machine."""
 
-    cache: Cache
+    cache: PrefixCache
     slots: int = 16
     prefill_tokens_per_s: float = 20_000.0
     prefill_base_s: float = 0.002
@@ -191,7 +112,7 @@ class Fleet:
         )
         self.registry.add(worker)
         self.router.worker_added(worker)
-        self.servers[worker] = Server(cache=Cache(cache_tokens))
+        self.servers[worker] = Server(cache=PrefixCache(cache_tokens))
         return worker
 
     def at(self, seconds: float, what: Callable[[], None]) -> None:
@@ -252,11 +173,13 @@ class Fleet:
 
         def start() -> None:
             begin = max(self.now, server.prefill_free_at)
-            cached = min(server.cache.take(text), len(text) // CHARS - 1)
-            missing = len(text) // CHARS - cached
+            chain, num_tokens = _chain(text), len(text) // CHARS_PER_TOKEN
+            cached = min(server.cache.match(chain), num_tokens - 1)
+            server.cache.insert(chain)
+            missing = num_tokens - cached
             seconds = server.prefill_base_s + missing / server.prefill_tokens_per_s
             server.prefill_free_at = begin + seconds
-            self._tokens += len(text) // CHARS
+            self._tokens += num_tokens
             self._cached += cached
             self.at(begin + seconds, lambda: first(cached))
 
@@ -267,8 +190,8 @@ class Fleet:
 
         def last(cached: int) -> None:
             answer = f"{hash(text) & 0xFFF:03x} " * out
-            server.cache.take(text + answer)
-            ticket.usage(len(text) // CHARS, cached, out)
+            server.cache.insert(_chain(text + answer))
+            ticket.usage(len(text) // CHARS_PER_TOKEN, cached, out)
             ticket.end(Outcome.OK)
             if server.queue:
                 server.queue.popleft()()

@@ -10,18 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.ops.kernels import Kernels
 from tests.fixtures import LOGIT_TOLERANCE, load_fixture
-from tests.harness import MeshModel, SliceRows
-
-KERNELS = Kernels(
-    decode_attention="pallas",
-    extend_attention="pallas",
-    grouped_mlp="pallas",
-    dense="pallas",
-    routing="pallas",
-    interpret=True,
-)
+from tests.harness import KERNELS, MeshModel, SliceRows
 
 
 @pytest.mark.parametrize(
