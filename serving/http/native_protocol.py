@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from serving.http.protocol import Begun, Message, Tool
+from serving.http.protocol import ENGINE_NOT_SERVED_YET, EngineFields, Message, Tool
 
 LogprobEntry = tuple[float | None, int, str | None]
 """Log probability (the first token of a prompt has none), token id, text where it is wanted."""
@@ -50,7 +50,7 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream_interval: int | None = None
 
 
-class GenerateBody(msgspec.Struct, kw_only=True):
+class GenerateBody(EngineFields, kw_only=True):
     """POST /generate. What is a value or a list may be told for each prompt."""
 
     text: str | list[str] | None = None
@@ -62,27 +62,12 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     top_logprobs_num: int | list[int] | None = None
     return_text_in_logprobs: bool | None = None
     stream: bool | None = None
-    routed_dp_rank: int | None = None
-    data_parallel_rank: int | None = None
-    priority: int | None = None
-    extra_key: str | None = None
-    cache_salt: str | None = None
-    continue_from: list[Begun] | None = None
 
     input_embeds: Any = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
     token_ids_logprob: Any = None
-    lora_path: Any = None
-    session_params: Any = None
-    custom_logit_processor: Any = None
-    disagg_prefill_dp_rank: int | None = None
-    bootstrap_host: Any = None
-    bootstrap_port: Any = None
-    bootstrap_room: Any = None
-    return_hidden_states: bool | None = None
-    return_routed_experts: bool | None = None
 
 
 NATIVE_NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
@@ -91,15 +76,7 @@ NATIVE_NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "video_data": ([],),
     "audio_data": ([],),
     "token_ids_logprob": (),
-    "lora_path": (),
-    "session_params": (),
-    "custom_logit_processor": (),
-    "disagg_prefill_dp_rank": (),
-    "bootstrap_host": (),
-    "bootstrap_port": (),
-    "bootstrap_room": (),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
+    **ENGINE_NOT_SERVED_YET,
 }
 """Fields of /generate that are refused, each with the values (besides null) that are accepted."""
 

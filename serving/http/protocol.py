@@ -31,7 +31,28 @@ class Begun(msgspec.Struct, kw_only=True):
     finished: bool = False
 
 
-class GenerationBody(msgspec.Struct, kw_only=True):
+class EngineFields(msgspec.Struct, kw_only=True):
+    """SGLang's fields of every generating route: where a request runs and what it shares."""
+
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    routed_dp_rank: int | None = None
+    data_parallel_rank: int | None = None
+    continue_from: list[Begun] | None = None
+
+    lora_path: Any = None
+    session_params: Any = None
+    custom_logit_processor: Any = None
+    disagg_prefill_dp_rank: int | None = None
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    return_hidden_states: bool | None = None
+    return_routed_experts: bool | None = None
+
+
+class GenerationBody(EngineFields, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common. null means the default."""
 
     model: str | None = None
@@ -56,28 +77,13 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
-    extra_key: str | None = None
-    cache_salt: str | None = None
-    priority: int | None = None
-    routed_dp_rank: int | None = None
-    data_parallel_rank: int | None = None
     return_token_ids: bool | None = None
-    continue_from: list[Begun] | None = None
 
     stop_regex: str | list[str] | None = None
     regex: str | None = None
     ebnf: str | None = None
     json_schema: Any = None
     response_format: Any = None
-    lora_path: Any = None
-    session_params: Any = None
-    custom_logit_processor: Any = None
-    disagg_prefill_dp_rank: int | None = None
-    bootstrap_host: Any = None
-    bootstrap_port: Any = None
-    bootstrap_room: Any = None
-    return_hidden_states: bool | None = None
-    return_routed_experts: bool | None = None
     return_cached_tokens_details: bool | None = None
 
 
@@ -165,9 +171,7 @@ class ChatBody(GenerationBody, kw_only=True):
     chat_template: Any = None
 
 
-NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "stop_regex": ([],),
+ENGINE_NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "lora_path": (),
     "session_params": (),
     "custom_logit_processor": (),
@@ -177,6 +181,13 @@ NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "bootstrap_room": (),
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
+}
+"""Those of `EngineFields` that are refused, each with the values that are accepted besides null."""
+
+NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "stop_regex": ([],),
+    **ENGINE_NOT_SERVED_YET,
     "return_cached_tokens_details": (False,),
     "chat_template": (),
 }
