@@ -9,7 +9,7 @@ import pytest
 
 from model.ops import gqa_attention
 from model.ops.grouped_mlp import grouped_mlp
-from model.ops.mla_attention import decode_attention, extend_attention
+from model.ops.mla_attention.xla import decode_attention, extend_attention
 
 LAYERS, PAGES, PAGE_SIZE, LATENT, ROPE, HEADS, NOPE, VALUE = 2, 200, 16, 24, 8, 3, 12, 10
 SCALE = 0.21
