@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MISS_WEIGHT = 4
+MISS_WEIGHT = 5
 """How much worse it is to compute a token than to wait while another one is computed: waiting
 costs one request time, computing costs everybody the device, and the cache the room. Candidates
 that compute in lockstep all pay for one's miss: for them it is worse still."""
@@ -44,7 +44,12 @@ class Offer:
 
     def cost(self, miss_weight: int) -> int:
         """Expected cost, in prompt tokens."""
-        return miss_weight * self.miss + self.wait + REQUEST_CHARGE * self.requests
+        return expected_cost(self.miss, self.wait, self.requests, miss_weight)
+
+
+def expected_cost(miss: float, wait: float, requests: int, miss_weight: int = MISS_WEIGHT) -> int:
+    """Expected cost in prompt tokens, of what `Offer` has; for callers to whom objects cost."""
+    return int(miss_weight * miss + wait + REQUEST_CHARGE * requests)
 
 
 def least_loaded(candidates: Sequence[Load], turn: int = 0) -> int:
@@ -56,7 +61,7 @@ def least_loaded(candidates: Sequence[Load], turn: int = 0) -> int:
     Raises:
         ValueError: there is no candidate.
     """
-    return _least([(load.tokens, load.requests) for load in candidates], turn)
+    return least([(load.tokens, load.requests) for load in candidates], turn)
 
 
 def fewest_requests(candidates: Sequence[Load], turn: int = 0) -> int:
@@ -65,7 +70,7 @@ def fewest_requests(candidates: Sequence[Load], turn: int = 0) -> int:
     Raises:
         ValueError: there is no candidate.
     """
-    return _least([(load.requests, load.tokens) for load in candidates], turn)
+    return least([(load.requests, load.tokens) for load in candidates], turn)
 
 
 def cheapest(candidates: Sequence[Offer], turn: int = 0, *, miss_weight: int = MISS_WEIGHT) -> int:
@@ -78,12 +83,17 @@ def cheapest(candidates: Sequence[Offer], turn: int = 0, *, miss_weight: int = M
     Raises:
         ValueError: there is no candidate.
     """
-    return _least([(offer.cost(miss_weight), offer.tokens) for offer in candidates], turn)
+    return least([(offer.cost(miss_weight), offer.tokens) for offer in candidates], turn)
 
 
-def _least(keys: Sequence[tuple[int, int]], turn: int) -> int:
+def least(keys: Sequence[tuple[int, int]], turn: int = 0) -> int:
+    """The index of the least key; equals take turns.
+
+    Raises:
+        ValueError: there is no key.
+    """
     if not keys:
         raise ValueError("A choice needs at least one candidate, got none.")
-    least = min(keys)
-    tied = [index for index, key in enumerate(keys) if key == least]
+    best = min(keys)
+    tied = [index for index, key in enumerate(keys) if key == best]
     return tied[turn % len(tied)]

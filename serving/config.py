@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, fields
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+from serving.parsers.reasoning import REASONING_FORMATS
+from serving.parsers.tool_calls import TOOL_FORMATS
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "model" / "demo"
 MOE_A2A_BACKENDS = ("none", "all_to_all", "deepep")
 LOAD_BALANCE_METHODS = ("auto", "round_robin", "total_requests", "total_tokens", "cache_aware")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
+TOOL_CALL_PARSERS = ("auto", *TOOL_FORMATS, "none")
 KERNEL_BACKENDS = ("auto", "xla", "pallas")
 MOE_RUNNER_ALIASES = ("deep_gemm", "triton")
 """Other engines' grouped matmuls that stand for ours."""
 ATTENTION_ALIASES = ("triton", "flashmla", "cutlass_mla", "fa3", "flashinfer")
 """Other engines' attention kernels that stand for ours."""
 GRAMMAR_BACKENDS = ("llguidance", "none")
+
+MAX_GRACE_S = 86400
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@,\s]+")
+SECRETS = ("api_key", "admin_api_key")
+"""Fields that no answer, log or error text shows."""
 
 
 class ConfigError(ValueError):
@@ -74,9 +84,16 @@ class ServerConfig:
     extend_buckets: tuple[int, ...] | None = None
     random_seed: int | None = None
     chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str | None = None
     host: str = "127.0.0.1"
     port: int = 30000
     log_level: str = "info"
+    incremental_streaming_output: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
+    cors_allow_origins: tuple[str, ...] = ()
+    shutdown_grace_period_secs: float = 10.0
     compilation_cache_dir: str | None = None
     warnings: tuple[str, ...] = ()
     """What the user should know about how the flags were understood; logged at start."""
@@ -85,6 +102,14 @@ class ServerConfig:
     def model_name(self) -> str:
         """The name clients see: --served-model-name, else the last part of the model path."""
         return self.served_model_name or Path(self.model_path).resolve().name
+
+    def told(self) -> dict[str, Any]:
+        """All of it that clients may know: everything but the keys."""
+        return {name: value for name, value in asdict(self).items() if name not in SECRETS}
+
+    def without_secrets(self) -> ServerConfig:
+        """The same for a process that needs no keys."""
+        return replace(self, **dict.fromkeys(SECRETS))
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a single value out of range."""
@@ -128,6 +153,12 @@ class ServerConfig:
                 "--enable-deterministic-inference runs prefill and decode in steps of their own; "
                 "it does not go with --prefill-decode-interval or --enable-prefill-delayer."
             )
+        if not 0 <= self.shutdown_grace_period_secs <= MAX_GRACE_S:
+            raise ConfigError(
+                f"--shutdown-grace-period-secs must be between 0 and {MAX_GRACE_S}, got "
+                f"{self.shutdown_grace_period_secs}."
+            )
+        self._check_access()
         for name in ("decode_buckets", "extend_buckets"):
             value = getattr(self, name)
             if value is not None and (not value or min(value) < 1):
@@ -139,6 +170,23 @@ class ServerConfig:
                 "--served-model-name cannot contain a colon (':') character, got "
                 f"'{self.model_name}'."
             )
+
+    def _check_access(self) -> None:
+        for name in SECRETS:
+            key = getattr(self, name)
+            if key is not None and not (key and all("!" <= char <= "~" for char in key)):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be visible ASCII characters without spaces, "
+                    "at least one."
+                )
+        if self.api_key is not None and self.api_key == self.admin_api_key:
+            raise ConfigError("--api-key and --admin-api-key must differ.")
+        for origin in self.cors_allow_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "--cors-allow-origins must be * or origins like https://example.org (no path) "
+                    f"separated by commas, got '{origin}'."
+                )
 
 
 def default_compilation_cache_dir() -> str:
@@ -156,6 +204,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 _Group = argparse._ArgumentGroup
@@ -190,7 +242,7 @@ def _add(group: _Group, *names: str, **options: Any) -> None:
     if dest in known and "action" not in options:
         options.setdefault("default", None)
         default = getattr(ServerConfig(), dest)
-        if default is not None:
+        if default not in (None, ()):
             options["help"] += f" (default: {default})"
     group.add_argument(*names, **options)
 
@@ -239,6 +291,20 @@ def _add_model_flags(group: _Group) -> None:
         help="most tokens of prompt and answer together; default: the model's",
     )
     _add(group, "--chat-template", help="file with a Jinja template, instead of the model's")
+    _add(
+        group,
+        "--tool-call-parser",
+        choices=TOOL_CALL_PARSERS,
+        help="how the model writes tool calls; auto: as its chat template does; none leaves them "
+        "in the text",
+    )
+    _add(
+        group,
+        "--reasoning-parser",
+        choices=tuple(REASONING_FORMATS),
+        help="how the model marks its thinking, which then comes as reasoning_content; without it, "
+        "thinking stays in the text",
+    )
 
 
 def _add_layout_flags(group: _Group) -> None:
@@ -456,6 +522,38 @@ def _add_http_flags(group: _Group) -> None:
     _add(group, "--host", help="address to listen on")
     _add(group, "--port", type=int, help="port to listen on")
     _add(group, "--log-level", choices=("debug", "info", "warning", "error"), help="log level")
+    _add(
+        group,
+        "--incremental-streaming-output",
+        "--stream-output",
+        action="store_true",
+        help="events of a /generate stream tell the new text and tokens only, not the whole answer",
+    )
+    _add(
+        group,
+        "--api-key",
+        help="clients must send it as 'Authorization: Bearer KEY', except to /health*, /metrics "
+        "and /ping; better in the environment as MESHSERVE_API_KEY, where ps does not show it",
+    )
+    _add(
+        group,
+        "--admin-api-key",
+        help="needed for /flush_cache and /abort_request instead of --api-key; opens the rest "
+        "too; or MESHSERVE_ADMIN_API_KEY",
+    )
+    _add(
+        group,
+        "--cors-allow-origins",
+        type=_names,
+        help="origins whose pages may ask from a browser, separated by commas, or *; default: none",
+    )
+    _add(
+        group,
+        "--shutdown-grace-period-secs",
+        type=float,
+        help="how long running answers may go on after SIGTERM or SIGINT; what is left then ends "
+        "with an error event",
+    )
     group.add_argument(
         "--enable-metrics",
         action="store_true",
@@ -481,6 +579,9 @@ def parse_args(argv: list[str]) -> ServerConfig:
         SystemExit: --help was asked for.
     """
     args = vars(make_parser().parse_args(argv))
+    for name in SECRETS:
+        if args[name] is None:
+            args[name] = os.environ.get(f"MESHSERVE_{name.upper()}") or None
     if args.pop("nnodes") != 1 or args.pop("node_rank") != 0:
         raise ConfigError("--nnodes > 1 is not supported yet: meshserve runs on one host.")
     for always_on in ("enable_metrics", "enable_cache_report"):
@@ -507,8 +608,8 @@ def parse_args(argv: list[str]) -> ServerConfig:
     if dp_size > 1 and not enable_dpa:
         raise ConfigError(
             f"--dp-size {dp_size} without --enable-dp-attention means {dp_size} full replicas, "
-            "which scripts/launch_server.py will start behind the router (not part of this "
-            "version); add --enable-dp-attention for DP attention in one engine."
+            "which scripts/launch_server.py starts behind the router; add --enable-dp-attention "
+            "for DP attention in one engine."
         )
     given = {name: value for name, value in args.items() if value is not None}
     if given.get("moe_a2a_backend") == "deepep":

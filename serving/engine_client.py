@@ -68,6 +68,30 @@ def engine_listener() -> Iterator[tuple[socket.socket, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class _Stream:
+    """The events of one request that its reader has not taken yet."""
+
+    __slots__ = ("_arrived", "_events")
+
+    def __init__(self) -> None:
+        self._events: list[TokenEvent | None] = []
+        self._arrived: asyncio.Future[None] | None = None
+
+    def put(self, event: TokenEvent | None) -> None:
+        """Add an event; None says that the engine is gone."""
+        self._events.append(event)
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    async def take(self) -> list[TokenEvent | None]:
+        """All there are, at least one. One reader at a time."""
+        if not self._events:
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
+        events, self._events = self._events, []
+        return events
+
+
 class EngineClient:
     """A connection to an engine that is ready. Made by `connect`."""
 
@@ -79,7 +103,7 @@ class EngineClient:
         """Why the engine is gone, None while it is alive."""
         self._reader = reader
         self._writer = writer
-        self._streams: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._questions: dict[int, asyncio.Future[Any]] = {}
         self._question_tokens = itertools.count()
         self._last_output = float("-inf")
@@ -129,17 +153,18 @@ class EngineClient:
         """
         if request.rid in self._streams:
             raise ValueError(f"A request with rid '{request.rid}' is already running.")
-        queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
-        self._streams[request.rid] = queue
+        stream = self._streams[request.rid] = _Stream()
         finished = False
         try:
             self._send(Submit(request))
             while not finished:
-                event = await queue.get()
-                if event is None:
-                    raise EngineFailed(self.failure or "The engine is gone.")
-                finished = event.finish_reason is not None
-                yield event
+                for event in await stream.take():
+                    if event is None:
+                        raise EngineFailed(self.failure or "The engine is gone.")
+                    finished = event.finish_reason is not None
+                    yield event
+                    if finished:
+                        break
         finally:
             # `finish` has taken the stream away, and told the engine.
             if self._streams.pop(request.rid, None) is not None and not finished:
@@ -166,7 +191,7 @@ class EngineClient:
         for rid in rids:
             self.abort(rid)
             # The engine says nothing about a request that it was told to forget.
-            self._streams[rid].put_nowait(TokenEvent(rid, None, "abort"))
+            self._streams[rid].put(TokenEvent(rid, None, "abort"))
         return len(rids)
 
     @property
@@ -237,8 +262,8 @@ class EngineClient:
         if self.failure is not None:
             return
         self.failure = sentence
-        for queue in self._streams.values():
-            queue.put_nowait(None)
+        for stream in self._streams.values():
+            stream.put(None)
         for answer in self._questions.values():
             if not answer.done():
                 answer.set_exception(EngineFailed(sentence))
@@ -265,8 +290,9 @@ class EngineClient:
                     self._last_output = time.monotonic()
                 for event in events:
                     # Events of a request aborted a moment ago may still be on their way.
-                    if queue := self._streams.get(event.rid):
-                        queue.put_nowait(event)
+                    stream = self._streams.get(event.rid)
+                    if stream is not None:
+                        stream.put(event)
             case EngineStatus(token=token) | Pulse(token=token) | Flushed(token=token):
                 answer = self._questions.get(token)
                 if answer is not None and not answer.done():

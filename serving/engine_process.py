@@ -96,7 +96,7 @@ async def _write_config(process: asyncio.subprocess.Process, config: ServerConfi
     assert process.stdin is not None
     # A child that is gone already says so by its exit code.
     with contextlib.suppress(ConnectionError):
-        process.stdin.write(msgspec.json.encode(config))
+        process.stdin.write(msgspec.json.encode(config.without_secrets()))
         await process.stdin.drain()
         process.stdin.close()
 

@@ -23,7 +23,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from serving.config import ServerConfig
-from serving.request import Grammar, GrammarKind
+from serving.request import Grammar, GrammarKind, Thinking
 from serving.tokenizer import Tokenizer, TokenizerError
 
 NAMES: dict[GrammarKind, str] = {
@@ -317,7 +317,10 @@ def _to_llguidance(grammar: Grammar) -> str:
         raise _unusable(kind, "it contains a null character")
     if kind == "regex":
         # \d is 0-9, as everybody means it; \w stays all letters.
-        return str(LLMatcher.grammar_from_regex(regex_to_lark(text, "d")))
+        pattern = regex_to_lark(text, "d")
+        if grammar.thinking is not None:
+            return _after_thinking(grammar.thinking, f"/{pattern}/")
+        return str(LLMatcher.grammar_from_regex(pattern))
     if kind == "ebnf":
         return str(LLMatcher.grammar_from_lark(_to_lark(text)))
     try:
@@ -329,10 +332,43 @@ def _to_llguidance(grammar: Grammar) -> str:
     elif not isinstance(schema, dict):
         raise GrammarError("The JSON schema must be an object (or true, for any JSON).")
     defaults: Any = {"whitespace_pattern": JSON_WHITESPACE}
+    if grammar.thinking is not None:
+        # A schema that is text here has its defaults inside.
+        whole = {"x-guidance": defaults, **({} if schema is True else schema)}
+        return _after_thinking(grammar.thinking, f"%json {json.dumps(whole)}")
     try:
         return str(LLMatcher.grammar_from_json_schema(text, defaults=defaults))
     except Exception as error:  # a Rust library
         raise _unusable(kind, str(error)) from None
+
+
+def _after_thinking(thinking: Thinking, answer: str) -> str:
+    """An answer that may think first; `answer` is a right side in Lark."""
+    marks = [
+        f"<[{mark}]>" if isinstance(mark, int) else json.dumps(mark)
+        for mark in (thinking.start, thinking.end)
+    ]
+    # Up to the first end marker: a special token ends the text by itself, else the text must.
+    if isinstance(thinking.end, int):
+        rules = f"thoughts: TEXT {marks[1]}\nTEXT: /(?s:.*)/"
+    else:
+        rules = f"thoughts[lazy]: /(?s:.*){_escaped(thinking.end)}/"
+    if thinking.opened:
+        front = "thoughts BLANKS"
+    elif thinking.always:
+        front = f"{marks[0]}? thoughts BLANKS"
+    else:
+        front = f"({marks[0]} thoughts BLANKS)?"
+    return str(
+        LLMatcher.grammar_from_lark(
+            f"start: {front} answer\n{rules}\nBLANKS: /[ \\t\\r\\n]{{0,16}}/\nanswer: {answer}"
+        )
+    )
+
+
+def _escaped(marker: str) -> str:
+    """A marker inside of a Lark regular expression."""
+    return re.escape(marker).replace("/", "\\/")
 
 
 def _to_lark(text: str) -> str:

@@ -21,14 +21,33 @@ MAX_STOP_TOKEN_IDS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """Free text in front of what a grammar governs, up to a marker.
+
+    Attributes:
+        start: the marker in front of it; end: the one behind. A marker that is a special token is
+            given by its id, any other by its text.
+        opened: the prompt has the first marker already.
+        always: the answer begins with thinking, with or without the first marker.
+    """
+
+    start: str | int
+    end: str | int
+    opened: bool = False
+    always: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
     """What an answer must look like. `text` is a JSON schema, a regular expression, or a grammar.
 
-    An "ebnf" grammar is either in GBNF or in llguidance's Lark dialect.
+    An "ebnf" grammar is either in GBNF or in llguidance's Lark dialect. `thinking` may stand in
+    front of what a schema or an expression describes.
     """
 
     kind: GrammarKind
     text: str
+    thinking: Thinking | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +115,9 @@ class Request:
     """One prompt and how to continue it. `rid` is unique among the live requests.
 
     Attributes:
+        answer: tokens that another engine has generated for this prompt already. The request goes
+            on behind them as if it had never stopped: max_tokens and min_tokens, penalties, the
+            grammar and seeded draws count from the answer's beginning.
         priority: requests of higher priority start first and are retracted last.
         dp_rank: the slice that must run it; None leaves the choice to the scheduler.
         cache_key: prefixes are shared only between requests of equal key.
@@ -107,6 +129,7 @@ class Request:
     rid: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    answer: tuple[int, ...] = ()
     priority: int = 0
     dp_rank: int | None = None
     cache_key: str = ""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -21,8 +22,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders
 
 from serving.gguf_tokenizer import GGUFTokenizerError, read_gguf_tokenizer
+from serving.template_features import TemplateFeatures, probe_template
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+
+LONG_TOKENS = 1000
+"""Longer lists are decoded as a batch of one: only batches release the interpreter lock."""
 
 
 class TokenizerError(ValueError):
@@ -57,7 +62,7 @@ class Tokenizer:
         vocab_size: ids below it exist in the model (its padded vocabulary, if config.json says).
         bos_token_id: begin-of-sequence id, None where the model has none.
         eos_token_ids: ids that end an answer, ascending.
-        has_chat_template: whether `encode_chat` can work.
+        chat_template: the template's source, None without one.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Tokenizer:
         fast.no_padding()
         self._fast = fast
         self._special_tokens = _special_tokens(config)
+        self.chat_template = chat_template
         self._template = None if chat_template is None else _compile_template(chat_template)
         self._add_bos: bool | None = config.get("add_bos_token")
         self._special_ids = frozenset(
@@ -175,7 +181,13 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether `render_chat` can work."""
         return self._template is not None
+
+    @cached_property
+    def template_features(self) -> TemplateFeatures:
+        """What the chat template does with functions."""
+        return probe_template(self.render_chat)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """A batch of one: only batches release the interpreter lock while they work."""
@@ -183,11 +195,16 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text prompt, with the BOS that `add_bos_token` asks for, never two.
 
         Without the flag the tokenizer's own post-processor decides.
+
+        Args:
+            add_special_tokens: False for the text's own tokens only.
         """
+        if not add_special_tokens:
+            return self._encode(text, add_special_tokens=False)
         ids: list[int] = self._encode(text, add_special_tokens=self._add_bos is not False)
         if self._add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
@@ -231,13 +248,19 @@ class Tokenizer:
         Raises:
             ChatTemplateError: there is no template, or it refuses these messages.
         """
-        text = self.render_chat(messages, variables, tools)
-        ids: list[int] = self._encode(text, add_special_tokens=False)
-        return ids
+        return self.encode_rendered(self.render_chat(messages, variables, tools))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `render_chat` gave: the special tokens are in the text."""
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids at once."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(ids) > LONG_TOKENS:
+            (text,) = self._fast.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+            return text
+        text = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -251,11 +274,21 @@ class Tokenizer:
         """Whether the token appears in an answer's text only where that is asked for."""
         return token_id in self._special_ids
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh incremental decoder for one answer."""
+    def special_ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """The ids of those texts that are special tokens."""
+        ids = {text: self._fast.token_to_id(text) for text in texts}
+        return {text: i for text, i in ids.items() if i is not None and i in self._special_ids}
+
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, keep: Collection[int] = ()
+    ) -> Detokenizer:
+        """A fresh incremental decoder for one answer; `keep` are special tokens never skipped."""
+        hidden = self._special_ids if skip_special_tokens else frozenset()
+        if keep:
+            hidden = hidden.difference(keep)
         if self._byte_level:
-            return _ByteLevelDetokenizer(self, skip_special_tokens)
-        return _WindowDetokenizer(self, skip_special_tokens)
+            return _ByteLevelDetokenizer(self, hidden)
+        return _WindowDetokenizer(self, hidden)
 
     def _token_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -289,12 +322,12 @@ class Detokenizer(Protocol):
 class _ByteLevelDetokenizer:
     """For byte-level vocabularies: a token is bytes whatever stands around it."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int]) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        if self._skip and self._tokenizer.is_special(token_id):
+        if token_id in self._hidden:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
@@ -311,14 +344,14 @@ class _WindowDetokenizer:
     bytes follow them directly; here they stay.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int]) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._window: list[int] = []
         self._num_done = 0
         self._done = ""
 
     def push(self, token_id: int) -> str:
-        if self._skip and self._tokenizer.is_special(token_id):
+        if token_id in self._hidden:
             return ""
         self._window.append(token_id)
         text = self._decode()
@@ -331,7 +364,7 @@ class _WindowDetokenizer:
         return new
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
 
     def flush(self) -> str:
         new = self._decode()[len(self._done) :]
@@ -348,21 +381,28 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._overlaps = [_Overlap(stop) for stop in stops]
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that no stop string can begin in, and the stop string found, if any."""
-        if not self._stops:
+        if not self._overlaps:
             return text, None
+        num_held = len(self._held)
         self._held += text
-        found = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
+        found = []
+        for overlap in self._overlaps:
+            end = overlap.push(text)
+            if end is not None:
+                end += num_held
+                found.append((end, end - len(overlap.stop), overlap.stop))
         if found:
             _, start, stop = min(found)
             text, self._held = self._held[:start], ""
+            for overlap in self._overlaps:
+                overlap.length = 0
             return text, stop
-        keep = max(self._overlap(stop) for stop in self._stops)
-        cut = len(self._held) - keep
+        cut = len(self._held) - max(overlap.length for overlap in self._overlaps)
         text, self._held = self._held[:cut], self._held[cut:]
         return text, None
 
@@ -371,12 +411,49 @@ class StopMatcher:
         text, self._held = self._held, ""
         return text
 
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest beginning of `stop` that the held text ends with."""
-        for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
-            if self._held.endswith(stop[:length]):
-                return length
-        return 0
+
+class _Overlap:
+    """How long a beginning of one stop string a growing text ends with, by Knuth, Morris and Pratt.
+
+    A character takes the same time however much of the stop string stands before it: stop strings
+    are the clients' own, and all streams wait for this.
+
+    Attributes:
+        length: of that beginning, less than the stop string's.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        self._borders = [0]  # of stop[: i + 1]; made when they are needed
+
+    def push(self, text: str) -> int | None:
+        """Where in `text` the stop string's first occurrence ends, None without one."""
+        stop, length, at = self.stop, self.length, 0
+        while at < len(text):
+            if not length:
+                at = text.find(stop[0], at)
+                if at < 0:
+                    break
+            while length and stop[length] != text[at]:
+                length = self._border(length)
+            length += stop[length] == text[at]
+            at += 1
+            if length == len(stop):
+                self.length = 0
+                return at
+        self.length = length
+        return None
+
+    def _border(self, length: int) -> int:
+        """Length of the longest shorter beginning of stop[:length] that is also its end."""
+        stop, borders = self.stop, self._borders
+        while len(borders) < length:
+            border = borders[-1]
+            while border and stop[border] != stop[len(borders)]:
+                border = borders[border - 1]
+            borders.append(border + (stop[border] == stop[len(borders)]))
+        return borders[length - 1]
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -186,7 +186,7 @@ class FakeEngine:
         match message:
             case Submit(request=request):
                 self.seen.append(request)
-                self.running[request.rid] = (request, list(request.prompt))
+                self.running[request.rid] = (request, [*request.prompt, *request.answer])
                 rank = request.dp_rank
                 self.slice_of[request.rid] = (len(self.seen) - 1) % 2 if rank is None else rank
                 self._wake.set()
@@ -276,7 +276,7 @@ class FakeEngine:
             return TokenEvent(
                 request.rid, None, "error", message=self.error_message, status=self.error_status
             )
-        first = self._first(request) if num_generated == 0 else None
+        first = self._first(request) if num_generated == len(request.answer) else None
         token = self.next_token(context)
         context.append(token)
         self._count(request.rid, generated_tokens=1)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("model", "sharding", "serving", "router")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 NUMERICS = ("jax", "flax", "numpy", "ml_dtypes")
-HTTP = ("starlette", "uvicorn", "uvloop", "httptools", "httpx", "prometheus_client")
+HTTP = ("starlette", "uvloop", "httptools", "prometheus_client", "msgspec")
 PURE_SERVING = ("serving.scheduler", "serving.request", "serving.config", "router.policies")
 AXIS_NAMES = {"dp", "ep", "tp", "attn_dp", "attn_tp", "moe_ep", "moe_tp"}
 MESH_NAMES = {"PartitionSpec", "NamedSharding", "shard_map"}
@@ -46,7 +46,9 @@ RULES = {
     "sharding.orbax_folder": Rule(only=(*NUMERICS, "model", "sharding", "orbax")),
     "serving": Rule(never=("starlette", *JAX, "model", "sharding")),
     "serving.request": Rule(only=()),
-    "serving.config": Rule(only=("numpy", *PURE_SERVING)),
+    "serving.config": Rule(only=("numpy", "serving.parsers", *PURE_SERVING)),
+    "serving.parsers": Rule(only=("serving.parsers",)),
+    "serving.template_features": Rule(only=()),
     "serving.messages": Rule(only=("numpy", "msgspec", *PURE_SERVING)),
     "serving.grammar": Rule(only=("numpy", "llguidance", "serving.tokenizer", *PURE_SERVING)),
     "serving.scheduler": Rule(only=("numpy", *PURE_SERVING)),
@@ -185,6 +187,7 @@ def test_the_model_never_speaks_of_the_mesh():
         ("router.policies", "import starlette"),
         ("router.proxy", "from serving.request import Request"),
         ("router.proxy", "import numpy as np"),
+        ("router.proxy", "import httpx"),
     ],
 )
 def test_the_rules_catch_what_they_forbid(module, source):
@@ -200,7 +203,7 @@ def test_the_rules_catch_what_they_forbid(module, source):
         ("serving.scheduler.rank", "from .plan import StepPlan\nfrom bisect import insort"),
         ("serving.engine.engine", "import jax\nfrom sharding.step import x\nimport model.mla"),
         ("serving.http.app", "from starlette.requests import Request\nimport serving.messages"),
-        ("router.proxy", "import httpx\nfrom router.policies import Load"),
+        ("router.proxy", "import httptools\nimport msgspec\nfrom router.policies import Load"),
     ],
 )
 def test_the_rules_allow_what_they_should(module, source):
@@ -224,6 +227,7 @@ def test_the_mesh_is_noticed_in_a_model(source):
 def without_jax() -> list[str]:
     modules = [
         "router.policies",
+        "router.app",
         "serving.scheduler.scheduler",
         "serving.config",
         "serving.messages",

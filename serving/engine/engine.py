@@ -130,7 +130,7 @@ class Engine:
             return
         if self.grammars is None:
             raise ValueError("This server does not constrain answers (--grammar-backend none).")
-        self.grammars.start(request.rid, grammar)
+        self.grammars.start(request.rid, grammar, request.answer)
         self._preparing[request.rid] = request
 
     def abort(self, rid: str) -> bool:
@@ -191,6 +191,8 @@ class Engine:
             try:
                 if failure is not None:
                     raise ValueError(failure)
+                if request.answer and self.grammars.is_finished(rid):
+                    raise ValueError("The answer is complete under its grammar: it cannot go on.")
                 self.scheduler.add(request, admitted=True)
             except ValueError as error:
                 self.grammars.drop(rid)

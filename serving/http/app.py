@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from serving.config import ServerConfig
 from serving.http.chat import create_chat_completion
 from serving.http.completions import create_completion
 from serving.http.control import abort_request, flush_cache, health, health_generate
+from serving.http.docs_page import page
 from serving.http.engine_metrics import metrics
 from serving.http.errors import EXCEPTION_HANDLERS, json_response
-from serving.http.loads import get_load, loads, memory_usage
+from serving.http.field_docs import Limits
+from serving.http.info import list_models, model_info, server_info, show_model, weight_version
+from serving.http.loads import get_load, loads
 from serving.http.metrics import CountRequests
-from serving.http.state import WEIGHT_VERSION, ServerState
+from serving.http.native import generate
+from serving.http.openapi import document
+from serving.http.responses import create_response
+from serving.http.security import RequireKey, opened_by
+from serving.http.state import ServerState
+from serving.http.tokens import detokenize, embeddings, rerank, score, tokenize
 
 Handler = Callable[[ServerState, Request], Awaitable[Response]]
 
@@ -29,6 +37,7 @@ Handler = Callable[[ServerState, Request], Awaitable[Response]]
 def make_app(state: ServerState) -> Starlette:
     """The ASGI application over one engine."""
 
+    config = state.config
     routes = [
         Route(path, partial(handler, state), methods=methods.split())
         for methods, path, handler in ROUTES
@@ -39,104 +48,91 @@ def make_app(state: ServerState) -> Starlette:
         paths=frozenset(path for _, path, _ in ROUTES),
         quiet=QUIET_PATHS,
     )
-    return Starlette(routes=routes, middleware=[counting], exception_handlers=EXCEPTION_HANDLERS)
-
-
-async def list_models(state: ServerState, request: Request) -> Response:
-    return json_response({"object": "list", "data": [_model_card(state)]})
-
-
-async def show_model(state: ServerState, request: Request) -> Response:
-    model = request.path_params["model"]
-    if model == state.config.model_name:
-        return json_response(_model_card(state))
-    error = {
-        "message": f"The model '{model}' does not exist",
-        "type": "invalid_request_error",
-        "param": "model",
-        "code": "model_not_found",
-    }
-    return json_response({"error": error}, 404)
-
-
-async def model_info(state: ServerState, request: Request) -> Response:
-    config = state.config
-    return json_response(
-        {
-            "model_path": config.model_path,
-            "tokenizer_path": config.tokenizer_path or config.model_path,
-            "is_generation": True,
-            "preferred_sampling_params": None,
-            "weight_version": WEIGHT_VERSION,
-        }
+    return Starlette(
+        routes=routes,
+        middleware=[*_cors(config), counting, *_keys(config)],
+        exception_handlers=EXCEPTION_HANDLERS,
     )
 
 
-async def server_info(state: ServerState, request: Request) -> Response:
-    """The flags, what the engine said of itself when it was ready, and its load now."""
-    ready = state.engine.ready
-    status = await state.loads.sample()
-    return json_response(
-        {
-            **asdict(state.config),
-            # What the flags became: without layout flags they follow the devices.
-            **ready.details.get("resolved", {}),
-            "version": state.version,
-            "status": "ready" if state.healthy else "stopping",
-            "topology": ready.topology,
-            "max_total_num_tokens": ready.max_total_tokens,
-            "max_req_input_len": ready.max_context_tokens - 1,
-            "max_context_tokens": ready.max_context_tokens,
-            "num_slices": ready.num_slices,
-            "engine": ready.details,
-            "waiting": status.waiting,
-            "steps": status.steps,
-            "recompilations": status.recompilations,
-            "internal_states": [
-                {
-                    **msgspec.to_builtins(part),
-                    "last_gen_throughput": state.loads.rates(part.dp_rank).generated_per_s,
-                    "memory_usage": memory_usage(state, part),
-                    "effective_max_running_requests_per_dp": part.max_running,
-                }
-                for part in status.slices
-            ],
-        }
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """Outermost, so that a page can read why it was refused."""
+    if not config.cors_allow_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_allow_origins,
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["*"],
+        )
+    ]
+
+
+def _keys(config: ServerConfig) -> list[Middleware]:
+    if config.api_key is None and config.admin_api_key is None:
+        return []
+    return [Middleware(RequireKey, api_key=config.api_key, admin_key=config.admin_api_key)]
+
+
+async def openapi(state: ServerState, request: Request) -> Response:
+    return json_response(_document(state))
+
+
+async def docs(state: ServerState, request: Request) -> Response:
+    return HTMLResponse(page(_document(state)))
+
+
+def _document(state: ServerState) -> dict[str, Any]:
+    ready, config = state.engine.ready, state.config
+
+    def protected(path: str) -> bool:
+        return bool(opened_by(path, api_key=config.api_key, admin_key=config.admin_api_key))
+
+    return document(
+        ((methods, path) for methods, path, _ in ROUTES),
+        version=state.version,
+        limits=Limits(
+            vocab_size=state.tokenizer.vocab_size,
+            context=ready.max_context_tokens,
+            num_slices=ready.num_slices,
+        ),
+        protected=protected,
     )
-
-
-def _model_card(state: ServerState) -> dict[str, Any]:
-    name = state.config.model_name
-    return {
-        "id": name,
-        "object": "model",
-        "created": int(state.started),
-        "owned_by": "meshserve",
-        "root": name,
-        "parent": None,
-        "max_model_len": state.engine.ready.max_context_tokens,
-    }
 
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/completions", create_completion),
     ("POST", "/v1/chat/completions", create_chat_completion),
+    ("POST", "/v1/responses", create_response),
+    ("POST PUT", "/generate", generate),
+    ("POST", "/tokenize", tokenize),
+    ("POST", "/v1/tokenize", tokenize),
+    ("POST", "/detokenize", detokenize),
+    ("POST", "/v1/detokenize", detokenize),
+    ("POST", "/v1/embeddings", embeddings),
+    ("POST", "/v1/score", score),
+    ("POST", "/v1/rerank", rerank),
     ("GET", "/v1/models", list_models),
     ("GET", "/v1/models/{model:path}", show_model),
     ("GET", "/health", health),
     ("GET", "/health_generate", health_generate),
+    ("GET", "/ping", health),
     ("GET", "/metrics", metrics),
     ("GET", "/v1/loads", loads),
     ("GET", "/get_loads", loads),
     ("GET", "/get_load", get_load),
     ("GET", "/get_model_info", model_info),
     ("GET", "/model_info", model_info),
+    ("GET", "/get_weight_version", weight_version),
     ("GET", "/get_server_info", server_info),
     ("GET", "/server_info", server_info),
     ("GET POST", "/flush_cache", flush_cache),
     ("POST", "/abort_request", abort_request),
+    ("GET", "/openapi.json", openapi),
+    ("GET", "/docs", docs),
 )
 """(methods, path, handler) of every route."""
 
-QUIET_PATHS = frozenset({"/health", "/health_generate", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/health_generate", "/ping", "/metrics"})
 """Asked by machines every few seconds, and left out of the counts of requests."""

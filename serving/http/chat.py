@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.http.calls import Call, Job, check_num_tokens, make_call
 from serving.http.constraints import check_constraint, constraint
+from serving.http.conversation import Prompt, chat_prompt
 from serving.http.errors import ApiError, json_response
-from serving.http.generation import AnswerToken, Tally, complete, generation
+from serving.http.generation import Answer, AnswerToken, Delta, Tally, generation, token_ids
+from serving.http.offload import off_loop
 from serving.http.protocol import (
     ChatBody,
     ChatChoice,
@@ -22,8 +23,10 @@ from serving.http.protocol import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
-    Message,
+    FunctionCall,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     TopLogprob,
     read_body,
     refuse_not_served,
@@ -38,20 +41,21 @@ from serving.http.sampling import (
 )
 from serving.http.sse import Events, stream, unless_disconnected
 from serving.http.state import WEIGHT_VERSION, ServerState
-from serving.request import MAX_TOP_LOGPROBS
-from serving.tokenizer import ChatTemplateError, Tokenizer
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-ROLES_NOT_SERVED_YET = ("tool", "function")
+from serving.http.tool_use import ToolUse, tool_use
+from serving.parsers.answer import Piece, Reading
+from serving.parsers.calls import CallDelta
+from serving.parsers.reasoning import REASONING_FORMATS, ReasoningFormat
+from serving.parsers.tool_calls import call_id
+from serving.request import MAX_TOP_LOGPROBS, Grammar, Thinking
+from serving.tokenizer import Tokenizer
 
 
 async def create_chat_completion(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
     began = state.timer()
     body = await read_body(request, ChatBody)
-    # Tokenising a long text takes seconds: other streams must not wait for it.
-    call = await asyncio.to_thread(to_call, state, body, request.headers, began)
-    await check_constraint(request, body, state.grammars, num_answers=call.num_constrained)
+    call = await off_loop(state.slow_lane, request, to_call, state, body, request.headers, began)
+    await check_constraint(request, body, state.grammars, [call])
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _chat_completion(state, call))
@@ -68,30 +72,24 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
     check_ranges(body)
     refuse_not_served(body)
     logprobs = _num_logprobs(body)
-    try:
-        prompt = state.tokenizer.encode_chat(to_messages(body), body.chat_template_kwargs)
-    except ChatTemplateError as error:
-        raise ApiError(str(error), param="messages") from None
+    tokenizer, config = state.tokenizer, state.config
+    use = tool_use(body, parser=config.tool_call_parser, chat_template=tokenizer.chat_template)
+    reasoning = REASONING_FORMATS.get(config.reasoning_parser or "")
+    prompt = chat_prompt(body, use, tokenizer, reasoning)
+    ids, param = tuple(prompt.ids), "messages" if body.input_ids is None else "input_ids"
     context = state.engine.ready.max_context_tokens
-    check_prompt(prompt, vocab_size=state.tokenizer.vocab_size, context=context, param="messages")
+    check_prompt(ids, vocab_size=tokenizer.vocab_size, context=context, param=param)
     num = num_samples(body)
-    check_num_tokens(len(prompt), 1, num, param="messages")
-    max_tokens = context - len(prompt)
-    for name in ("max_tokens", "max_completion_tokens"):
-        given: int | None = getattr(body, name)
-        if given is not None and (name != "max_tokens" or body.max_completion_tokens is None):
-            check_max_tokens(given, num_prompt=len(prompt), context=context, param=name)
-            max_tokens = given
+    check_num_tokens(len(ids), 1, num, param=param)
     sampling = sampling_params(
         body,
         defaults=state.defaults,
-        tokenizer=state.tokenizer,
-        max_tokens=max_tokens,
+        tokenizer=tokenizer,
+        max_tokens=_max_tokens(body, num_prompt=len(ids), context=context),
         logprobs=logprobs,
         seeds=state.seeds,
-        grammar=constraint(body),
+        grammar=_grammar(body, use, thinking=_thinking(reasoning, prompt, tokenizer)),
     )
-    ids = tuple(prompt)
     return make_call(
         state,
         body,
@@ -100,47 +98,58 @@ def to_call(state: ServerState, body: ChatBody, headers: Mapping[str, str], bega
         id_prefix="chatcmpl",
         jobs=[Job(prompt=ids, sampling=sample) for sample in samples(sampling, num)],
         logprobs=logprobs,
+        reading=Reading(
+            reasoning=reasoning,
+            separate=body.separate_reasoning is not False,
+            begins=prompt.begins,
+            whole_reasoning=body.stream_reasoning is False,
+            tools=use.form,
+            schemas=use.schemas,
+            ids="openai" if use.native is None else use.native.ids,
+            calls_before=prompt.num_calls,
+        ),
     )
 
 
-def to_messages(body: ChatBody) -> list[dict[str, Any]]:
-    """The messages as templates expect them: plain strings for content, developer as system."""
-    if body.messages is None:
-        raise ApiError("messages is missing.", param="messages")
-    if not body.messages:
-        raise ApiError("Messages cannot be empty.", param="messages")
-    return [_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+def _max_tokens(body: ChatBody, *, num_prompt: int, context: int) -> int:
+    """Up to the end of the context, if the body says nothing."""
+    max_tokens = context - num_prompt
+    for name in ("max_tokens", "max_completion_tokens"):
+        given: int | None = getattr(body, name)
+        if given is not None and (name != "max_tokens" or body.max_completion_tokens is None):
+            check_max_tokens(given, num_prompt=num_prompt, context=context, param=name)
+            max_tokens = given
+    return max_tokens
 
 
-def _to_message(message: Message, where: str) -> dict[str, Any]:
-    if message.role not in ROLES:
+def _grammar(body: ChatBody, use: ToolUse, *, thinking: Thinking | None) -> Grammar | None:
+    """What the answer must look like, behind its thinking."""
+    asked = constraint(body)
+    if asked is not None and use.grammar is not None:
         raise ApiError(
-            f"{where}.role must be one of {', '.join(ROLES)}, got '{message.role}'.",
-            param="messages",
+            "A tool_choice that demands a call cannot be combined with another constraint of the "
+            "answer.",
+            param="tool_choice",
         )
-    if message.role in ROLES_NOT_SERVED_YET:
-        raise ApiError(f"{where}.role '{message.role}' is not supported yet.", param="messages")
-    if message.tool_calls:
-        raise ApiError(f"{where}.tool_calls is not supported yet.", param="messages")
-    content = message.content
-    if isinstance(content, list):
-        for i, part in enumerate(content):
-            if part.type != "text":
-                raise ApiError(
-                    f"{where}.content[{i}]: only parts of type 'text' are supported, got "
-                    f"'{part.type}'.",
-                    param="messages",
-                )
-            if part.text is None:
-                raise ApiError(f"{where}.content[{i}].text is missing.", param="messages")
-        content = " ".join(part.text or "" for part in content)
-    if content is None:
-        if message.role != "assistant":
-            raise ApiError(f"{where}.content is missing.", param="messages")
-        content = ""
-    role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": content, **named}
+    grammar = asked or use.grammar
+    if grammar is None or grammar.kind == "ebnf":  # which describes the whole answer
+        return grammar
+    return replace(grammar, thinking=thinking)
+
+
+def _thinking(
+    reasoning: ReasoningFormat | None, prompt: Prompt, tokenizer: Tokenizer
+) -> Thinking | None:
+    """The thinking that may stand in front of what a grammar governs."""
+    if reasoning is None or prompt.begins == "answer":
+        return None
+    ids = tokenizer.special_ids((reasoning.start, reasoning.end))
+    return Thinking(
+        start=ids.get(reasoning.start, reasoning.start),
+        end=ids.get(reasoning.end, reasoning.end),
+        opened=prompt.begins in ("opened", "thinking"),
+        always=reasoning.always,
+    )
 
 
 def _num_logprobs(body: ChatBody) -> int | None:
@@ -155,9 +164,65 @@ def _num_logprobs(body: ChatBody) -> int | None:
     return top or 0 if body.logprobs else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A delta and what it says, its calls with their ids.
+
+    Attributes:
+        reasoning_tokens: how many of its tokens are thinking, to within a delta at either end.
+    """
+
+    delta: Delta
+    piece: Piece
+    finish_reason: str | None
+    reasoning_tokens: int = 0
+
+
+async def told(
+    state: ServerState, call: Call, deltas: AsyncGenerator[Delta, None]
+) -> AsyncGenerator[Told, None]:
+    """Read the answers of a call as they come."""
+    parsers = [call.reading.parser() for _ in call.jobs]
+    async for delta in deltas:
+        parser = parsers[delta.index]
+        piece = parser.push(delta.text)
+        thought = len(delta.tokens) if piece.reasoning or parser.thinks else 0
+        reason = delta.finish_reason
+        if reason is not None:
+            last = parser.finish()
+            piece.reasoning += last.reasoning
+            piece.content += last.content
+            piece.calls += last.calls
+            if reason == "stop" and parser.has_calls:
+                reason = "tool_calls"
+        piece.calls = [_with_id(state, call, part) for part in piece.calls]
+        yield Told(delta=delta, piece=piece, finish_reason=reason, reasoning_tokens=thought)
+
+
+def _with_id(state: ServerState, call: Call, part: CallDelta) -> CallDelta:
+    """A call's first piece has an id, ours where the model gave none."""
+    if part.name is None or part.id is not None:
+        return part
+    fresh, reading = state.new_id(), call.reading
+    number = reading.calls_before + part.index
+    return replace(part, id=call_id(reading.ids, name=part.name, number=number, fresh=fresh))
+
+
 async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:
+    messages = [ChatMessage(content="") for _ in call.jobs]
+    answers = [Answer() for _ in call.jobs]
+    reasons: list[str | None] = [None for _ in call.jobs]
+    tally = Tally(call)
     async with generation(state, call) as (answer_id, deltas):
-        answers, usage = await complete(deltas, call)
+        async for part in told(state, call, deltas):
+            index = part.delta.index
+            answers[index].add(part.delta)
+            tally.add(part.delta, part.reasoning_tokens)
+            _add(messages[index], part.piece)
+            reasons[index] = part.finish_reason
+    for message in messages:
+        if message.tool_calls and not message.content:
+            message.content = None
     return ChatCompletion(
         id=answer_id,
         created=int(state.clock()),
@@ -165,16 +230,31 @@ async def _chat_completion(state: ServerState, call: Call) -> ChatCompletion:
         choices=[
             ChatChoice(
                 index=i,
-                message=ChatMessage(content=answer.text),
+                message=messages[i],
                 logprobs=_logprobs(state.tokenizer, call, answer.tokens),
-                finish_reason=answer.finish_reason,
+                finish_reason=reasons[i],
                 matched_stop=answer.matched_stop,
+                token_ids=token_ids(call, answer.tokens),
             )
             for i, answer in enumerate(answers)
         ],
-        usage=usage,
+        usage=tally.total(),
         metadata={"weight_version": WEIGHT_VERSION},
     )
+
+
+def _add(message: ChatMessage, piece: Piece) -> None:
+    """Put a piece behind what a message says already."""
+    message.content = (message.content or "") + piece.content
+    if piece.reasoning:
+        message.reasoning_content = (message.reasoning_content or "") + piece.reasoning
+    for part in piece.calls:
+        if message.tool_calls is None:
+            message.tool_calls = []
+        if part.name is not None:
+            function = FunctionCall(name=part.name, arguments="")
+            message.tool_calls.append(ToolCall(id=part.id or "", function=function))
+        message.tool_calls[part.index].function.arguments += part.arguments
 
 
 async def _chunks(state: ServerState, call: Call) -> Events:
@@ -192,26 +272,15 @@ async def _chunks(state: ServerState, call: Call) -> Events:
             )
 
         begun: set[int] = set()
-        async for delta in deltas:
-            tally.add(delta)
-            if delta.index not in begun:
-                begun.add(delta.index)
-                opening = ChatDelta(role="assistant", content="")
-                yield chunk(ChatChunkChoice(index=delta.index, delta=opening))
-            logprobs = _logprobs(state.tokenizer, call, delta.tokens)
-            if delta.text:
-                text = ChatDelta(content=delta.text)
-                yield chunk(ChatChunkChoice(index=delta.index, delta=text, logprobs=logprobs))
-            if delta.finish_reason is not None:
-                yield chunk(
-                    ChatChunkChoice(
-                        index=delta.index,
-                        delta=ChatDelta(),
-                        logprobs=None if delta.text else logprobs,
-                        finish_reason=delta.finish_reason,
-                        matched_stop=delta.matched_stop,
-                    )
-                )
+        async for part in told(state, call, deltas):
+            delta = part.delta
+            tally.add(delta, part.reasoning_tokens)
+            opens = delta.index not in begun
+            begun.add(delta.index)
+            if delta.replayed:
+                continue
+            for choice in _chunk_choices(state.tokenizer, call, part, opens=opens):
+                yield chunk(choice)
     if call.include_usage:
         yield ChatChunk(
             id=answer_id,
@@ -220,6 +289,66 @@ async def _chunks(state: ServerState, call: Call) -> Events:
             choices=[],
             usage=tally.total(),
         )
+
+
+def _chunk_choices(
+    tokenizer: Tokenizer, call: Call, part: Told, *, opens: bool
+) -> list[ChatChunkChoice]:
+    """The choices that tell of a delta: role, text and end one by one, as OpenAI does, or together.
+
+    Args:
+        opens: it is the first of its answer.
+    """
+    delta, piece = part.delta, part.piece
+    index, logprobs = delta.index, _logprobs(tokenizer, call, delta.tokens)
+    end = ChatChunkChoice(
+        index=index,
+        delta=ChatDelta(),
+        logprobs=logprobs,
+        finish_reason=part.finish_reason,
+        matched_stop=delta.matched_stop,
+    )
+    said = _said(piece)
+    if call.token_ids:
+        end.delta = said
+        if opens:
+            end.delta.role = "assistant"
+        end.token_ids = token_ids(call, delta.tokens)
+        return [end]
+    choices = []
+    if opens:
+        opening = ChatDelta(role="assistant", content="")
+        choices.append(ChatChunkChoice(index=index, delta=opening))
+    if piece.content or piece.reasoning or piece.calls or (logprobs and not part.finish_reason):
+        choices.append(ChatChunkChoice(index=index, delta=said, logprobs=logprobs))
+        end.logprobs = None
+    if part.finish_reason is not None:
+        choices.append(end)
+    return choices
+
+
+def _said(piece: Piece) -> ChatDelta:
+    """A delta of what there is, of an empty text where there is nothing."""
+    delta = ChatDelta()
+    if piece.reasoning:
+        delta.reasoning_content = piece.reasoning
+    if piece.calls:
+        delta.tool_calls = [_call_delta(part) for part in piece.calls]
+    if piece.content or not (piece.reasoning or piece.calls):
+        delta.content = piece.content
+    return delta
+
+
+def _call_delta(part: CallDelta) -> ToolCallDelta:
+    if part.name is None:
+        function = FunctionCall(arguments=part.arguments)
+        return ToolCallDelta(index=part.index, function=function)
+    return ToolCallDelta(
+        index=part.index,
+        id=part.id or "",
+        type="function",
+        function=FunctionCall(name=part.name, arguments=part.arguments),
+    )
 
 
 def _logprobs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 
 from starlette.requests import Request
@@ -12,7 +11,16 @@ from serving.http.calls import Call, Job, check_num_answers, check_num_tokens, m
 from serving.http.constraints import check_constraint, constraint
 from serving.http.echo import echo_of
 from serving.http.errors import ApiError, json_response
-from serving.http.generation import Answer, AnswerToken, Delta, Tally, complete, generation
+from serving.http.generation import (
+    Answer,
+    AnswerToken,
+    Delta,
+    Tally,
+    complete,
+    generation,
+    token_ids,
+)
+from serving.http.offload import off_loop
 from serving.http.protocol import (
     Completion,
     CompletionBody,
@@ -43,9 +51,8 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     """Check the body, generate, answer."""
     began = state.timer()
     body = await read_body(request, CompletionBody)
-    # Tokenising a long text takes seconds: other streams must not wait for it.
-    call = await asyncio.to_thread(to_call, state, body, request.headers, began)
-    await check_constraint(request, body, state.grammars, num_answers=call.num_constrained)
+    call = await off_loop(state.slow_lane, request, to_call, state, body, request.headers, began)
+    await check_constraint(request, body, state.grammars, [call])
     if call.stream:
         return await stream(request, _chunks(state, call))
     answer = await unless_disconnected(request.receive, _completion(state, call))
@@ -187,6 +194,7 @@ async def _completion(state: ServerState, call: Call) -> Completion:
                 ),
                 finish_reason=answer.finish_reason,
                 matched_stop=answer.matched_stop,
+                token_ids=token_ids(call, answer.tokens),
             )
             for i, (job, answer) in enumerate(zip(call.jobs, answers, strict=True))
         ],
@@ -213,6 +221,8 @@ async def _chunks(state: ServerState, call: Call) -> Events:
         async for delta in deltas:
             job = call.jobs[delta.index]
             tally.add(delta)
+            if delta.replayed:
+                continue
             if job.echo is not None and delta.index not in echoed:
                 echoed.add(delta.index)
                 scores = _prompt_logprobs(state.tokenizer, call, job, delta)
@@ -226,6 +236,7 @@ async def _chunks(state: ServerState, call: Call) -> Events:
                     logprobs=_logprobs(state.tokenizer, call, delta.tokens),
                     finish_reason=delta.finish_reason,
                     matched_stop=delta.matched_stop,
+                    token_ids=token_ids(call, delta.tokens),
                 )
             )
     if call.include_usage:

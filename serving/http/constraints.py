@@ -1,16 +1,19 @@
 """What an answer must look like, from a body's fields: at most one grammar, checked.
 
-`regex`, `ebnf`, `json_schema` and `response_format` are four ways to ask for the same thing.
+`regex`, `ebnf`, `json_schema` and `response_format` are four ways to ask for the same thing. A
+`tool_choice` that demands a call is a fifth, and has its grammar from `dialogue`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 
 from serving.grammar import GrammarCompiler, GrammarError
+from serving.http.calls import Call
 from serving.http.errors import ApiError
 from serving.http.protocol import GenerationBody
 from serving.http.sse import unless_disconnected
@@ -33,25 +36,27 @@ def constraint(body: GenerationBody) -> Grammar | None:
 
 
 async def check_constraint(
-    request: Request, body: GenerationBody, compiler: GrammarCompiler | None, *, num_answers: int
+    request: Request, body: GenerationBody, compiler: GrammarCompiler | None, calls: Sequence[Call]
 ) -> None:
-    """Check that decoding can begin with the grammar of a body, if it has one.
+    """Check that decoding can begin with the grammar of the calls of a body, if they have one.
 
     That takes milliseconds and more. It holds no thread but the compiler's, and ends when the
     client hangs up.
 
     Args:
         compiler: None where the server was started without constrained decoding.
-        num_answers: how many answers follow the grammar.
+        calls: all with the same grammar.
 
     Raises:
         ApiError: the grammar is wrong, not supported, or too slow for so many answers.
         ClientDisconnect: nobody is waiting any more.
     """
-    found = _requested(body)
-    if found is None:
+    grammar = calls[0].jobs[0].sampling.grammar
+    if grammar is None:
         return
-    field, grammar = found
+    asked = _requested(body)
+    field = "tool_choice" if asked is None else asked[0]
+    num_answers = sum(call.num_constrained for call in calls)
     if compiler is None:
         raise ApiError(
             f"{field} needs constrained decoding, which this server was started without "

@@ -11,6 +11,9 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from msgspec import UNSET, UnsetType
 
 from serving.http.calls import Call, Job
 from serving.http.errors import ApiError
@@ -20,6 +23,11 @@ from serving.http.state import ServerState
 from serving.messages import FirstToken, TokenEvent
 from serving.request import Request
 from serving.tokenizer import StopMatcher, Tokenizer
+
+T = TypeVar("T")
+
+REPLAY_TOKENS = 512
+"""Of an answer that goes on, decoded in one go: other streams wait meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +48,8 @@ class Delta:
     `tokens` are those generated since the last delta: their text may be held back (half a
     character, the beginning of a stop string), the stop token and stop strings are among them.
     `first` comes with the first delta of an answer, unless it was aborted before it had a token.
+    `replayed` deltas are what the reader of a continued stream has already; an answer has at most
+    one, at its beginning.
     """
 
     index: int
@@ -48,6 +58,7 @@ class Delta:
     finish_reason: str | None = None
     matched_stop: str | int | None = None
     first: FirstToken | None = None
+    replayed: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,19 +94,24 @@ class Tally:
         self._call = call
         self._completion = [0] * len(call.jobs)
         self._cached = [0] * len(call.jobs)
+        self._reasoning = [0] * len(call.jobs)
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, reasoning_tokens: int = 0) -> None:
         self._completion[delta.index] += len(delta.tokens)
+        self._reasoning[delta.index] += reasoning_tokens
         if delta.first is not None:
-            self._cached[delta.index] = delta.first.cached_tokens
+            # Of an answer that goes on, the engine finds tokens behind the prompt's too.
+            num_prompt = len(self._call.jobs[delta.index].prompt)
+            self._cached[delta.index] = min(delta.first.cached_tokens, num_prompt)
 
     def total(self) -> Usage:
         """Of the whole call so far."""
         once = slice(None, None, self._call.num_samples)
-        return _usage(
+        return self._usage(
             sum(len(job.prompt) for job in self._call.jobs[once]),
             sum(self._completion),
             sum(self._cached[once]),
+            sum(self._reasoning),
         )
 
     def of(self, index: int) -> Usage | None:
@@ -103,16 +119,27 @@ class Tally:
         if not self._call.continuous_usage:
             return None
         num_prompt = len(self._call.jobs[index].prompt)
-        return _usage(num_prompt, self._completion[index], self._cached[index])
+        counts = (self._completion[index], self._cached[index], self._reasoning[index])
+        return self._usage(num_prompt, *counts)
+
+    def _usage(
+        self, prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int
+    ) -> Usage:
+        separated = self._call.reading.reasoning is not None
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+            reasoning_tokens=reasoning_tokens if separated else UNSET,
+        )
 
 
-def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
-    )
+def token_ids(call: Call, tokens: Sequence[AnswerToken]) -> list[int] | UnsetType:
+    """The ids of generated tokens, where the call wants them reported."""
+    if not call.token_ids:
+        return UNSET
+    return [token.event.token_id for token in tokens if token.event.token_id is not None]
 
 
 @asynccontextmanager
@@ -130,7 +157,7 @@ async def generation(
             _deltas(state, i, job, _request(f"{engine_rid}.{i}", job, call), call)
             for i, job in enumerate(call.jobs)
         ]
-        async with aclosing(answers[0] if len(answers) == 1 else _merge(answers)) as deltas:
+        async with aclosing(answers[0] if len(answers) == 1 else merged(answers)) as deltas:
             yield answer_id, deltas
 
 
@@ -139,10 +166,11 @@ def _request(rid: str, job: Job, call: Call) -> Request:
         rid=rid,
         prompt=job.prompt,
         sampling=job.sampling,
+        answer=job.begun,
         priority=call.routing.priority,
         dp_rank=call.routing.dp_rank,
         cache_key=call.routing.cache_key,
-        prompt_logprobs=None if job.echo is None else call.logprobs,
+        prompt_logprobs=call.logprobs if job.scored or job.echo is not None else None,
     )
 
 
@@ -161,7 +189,12 @@ async def _deltas(
 ) -> AsyncGenerator[Delta, None]:
     """The deltas of one request. Leaving before its end aborts it in the engine."""
     decoder = _AnswerDecoder(state.tokenizer, job, call)
-    timer = RequestTimer(state.metrics, began=call.began, num_prompt=len(job.prompt))
+    if call.continued:
+        yield await _replay(index, job, request.rid, decoder)
+        if job.finished:
+            return
+    num_prompt = len(job.prompt) + len(job.begun)
+    timer = RequestTimer(state.metrics, began=call.began, num_prompt=num_prompt)
     first: FirstToken | None = None  # until a delta takes it along
     tokens: list[AnswerToken] = []
     async with aclosing(state.engine.generate(request)) as events:
@@ -193,6 +226,25 @@ async def _deltas(
                 return
 
 
+async def _replay(index: int, job: Job, rid: str, decoder: _AnswerDecoder) -> Delta:
+    """What the reader of an answer has of it. Brings the decoder to where the answer goes on."""
+    pieces, tokens, matched = [], [], None
+    for number, token_id in enumerate(job.begun):
+        if number and number % REPLAY_TOKENS == 0:
+            await asyncio.sleep(0)
+        event = TokenEvent(rid, token_id)
+        tokens.append(AnswerToken(event=event, text_offset=decoder.num_chars))
+        text, _, matched = decoder.push(event)
+        pieces.append(text)
+        if matched is not None and not job.finished:
+            raise ApiError(
+                f"continue_from[{index}] holds the stop string {matched!r}: the answer cannot go "
+                "on.",
+                param="continue_from",
+            )
+    return Delta(index=index, text="".join(pieces), tokens=tuple(tokens), replayed=True)
+
+
 class _AnswerDecoder:
     """Turns the tokens of one answer into text, up to a stop string or the engine's end.
 
@@ -201,7 +253,10 @@ class _AnswerDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, job: Job, call: Call) -> None:
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=call.skip_special_tokens)
+        self._detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=call.skip_special_tokens,
+            keep=tokenizer.special_ids(call.reading.markers).values(),
+        )
         self._matcher = StopMatcher(call.stops)
         self._keep_stop = call.keep_stop
         self._stop_ids = job.sampling.stop_token_ids
@@ -242,20 +297,20 @@ def _engine_error(event: TokenEvent) -> ApiError:
             return ApiError(message, status=500, kind="InternalServerError")
 
 
-async def _merge(answers: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """The deltas of several answers as they come; the first error ends all."""
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of several generators as they come; the first error ends all."""
+    queue: asyncio.Queue[_Item[T] | Exception | None] = asyncio.Queue()
 
-    async def pump(answer: AsyncGenerator[Delta, None]) -> None:
+    async def pump(source: AsyncGenerator[T, None]) -> None:
         try:
-            async with aclosing(answer):
-                async for delta in answer:
-                    queue.put_nowait(delta)
+            async with aclosing(source):
+                async for item in source:
+                    queue.put_nowait(_Item(item))
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(answer)) for answer in answers]
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
     try:
         num_running = len(tasks)
         while num_running:
@@ -265,8 +320,15 @@ async def _merge(answers: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerat
             elif isinstance(item, Exception):
                 raise item
             else:
-                yield item
+                yield item.value
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item(Generic[T]):
+    """Something of a source, whatever its type, in a queue that also holds errors and ends."""
+
+    value: T

@@ -7,6 +7,7 @@ unknown (ignored). Ranges are checked in `sampling`; here only types are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +22,13 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class Begun(msgspec.Struct, kw_only=True):
+    """How far an answer had come when its stream broke: all token ids of its chunks, joined."""
+
+    token_ids: list[int]
+    finished: bool = False
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -53,6 +61,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     routed_dp_rank: int | None = None
     data_parallel_rank: int | None = None
+    return_token_ids: bool | None = None
+    continue_from: list[Begun] | None = None
 
     stop_regex: str | list[str] | None = None
     regex: str | None = None
@@ -68,7 +78,6 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     bootstrap_room: Any = None
     return_hidden_states: bool | None = None
     return_routed_experts: bool | None = None
-    return_token_ids: bool | None = None
     return_cached_tokens_details: bool | None = None
 
 
@@ -88,11 +97,51 @@ class ContentPart(msgspec.Struct, kw_only=True):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(msgspec.Struct, kw_only=True):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str | None = None
+    type: str = "function"
+    function: CalledFunction
+
+
 class Message(msgspec.Struct, kw_only=True):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class Function(msgspec.Struct, kw_only=True):
+    name: str
+    description: str | None = None
+    parameters: Any = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """A function that the model may call."""
+
+    type: str = "function"
+    function: Function
+
+
+class NamedFunction(msgspec.Struct, kw_only=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, kw_only=True):
+    """The function that the model must call."""
+
+    type: str = "function"
+    function: NamedFunction
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -107,11 +156,13 @@ class ChatBody(GenerationBody, kw_only=True):
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
 
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedTool | None = None
     reasoning_effort: str | None = None
     continue_final_message: bool | None = None
-    input_ids: Any = None
+    input_ids: list[int] | None = None
+
+    chat_template: Any = None
 
 
 NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
@@ -126,26 +177,30 @@ NOT_SERVED_YET: dict[str, tuple[Any, ...]] = {
     "bootstrap_room": (),
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
-    "return_token_ids": (False,),
     "return_cached_tokens_details": (False,),
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
-    "reasoning_effort": (),
-    "continue_final_message": (False,),
-    "input_ids": (),
+    "chat_template": (),
 }
 """Known fields that are refused, each with the values (besides null) that are accepted."""
 
 
 def refuse_not_served(body: GenerationBody) -> None:
     """Raises ApiError naming the first field that asks for what is not served yet."""
-    for name, neutral in NOT_SERVED_YET.items():
+    refuse(body, NOT_SERVED_YET)
+
+
+def refuse(body: msgspec.Struct, fields: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ApiError for the first of `fields` that is neither null nor one of its values."""
+    for name, neutral in fields.items():
         value = getattr(body, name, None)
         if value is not None and value not in neutral:
             hint = f" or set it to {msgspec.json.encode(neutral[0]).decode()}" if neutral else ""
             raise ApiError(f"{name} is not supported yet: leave it out{hint}.", param=name)
 
 
+MAX_REREAD_BYTES = 256 << 10
+"""Of a body in which integers are written with a point: reading it takes the front's time."""
+MAX_EXACT = 2**53
+"""Larger whole floats may have been other numbers."""
 MAX_BODY_BYTES = 16 << 20
 """Several times the longest prompt of any context; a larger body is refused unread."""
 
@@ -182,7 +237,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         )
     content = await _content(request)
     try:
-        return msgspec.json.decode(content, type=kind)
+        return _decoded(content, kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").removeprefix(".").removeprefix("[...]")
@@ -191,6 +246,28 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         raise ApiError(message, param=name or None, kind="Bad Request") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(f"The body is not valid JSON: {error}.", kind="Bad Request") from None
+
+
+def _decoded(content: bytes, kind: type[Body]) -> Body:
+    """The body, in which an integer may be written as 16.0: JSON has one kind of number."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error) or len(content) > MAX_REREAD_BYTES:
+            raise
+    return msgspec.convert(_with_integers(msgspec.json.decode(content)), kind)
+
+
+def _with_integers(value: Any) -> Any:
+    """The same with an int for every float that is one."""
+    match value:
+        case float() if value.is_integer() and abs(value) <= MAX_EXACT:
+            return int(value)
+        case list():
+            return [_with_integers(item) for item in value]
+        case dict():
+            return {name: _with_integers(item) for name, item in value.items()}
+    return value
 
 
 class PromptTokensDetails(msgspec.Struct, kw_only=True):
@@ -202,6 +279,8 @@ class Usage(msgspec.Struct, kw_only=True):
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    reasoning_tokens: int | UnsetType = UNSET
+    """Where the model's thinking is separated."""
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
@@ -217,6 +296,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -248,11 +328,35 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
     content: list[TokenLogprob]
 
 
+class FunctionCall(msgspec.Struct, kw_only=True):
+    """A function's name and its arguments, a JSON text. Deltas have a piece of the text."""
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: str = "function"
+    function: FunctionCall
+
+
+class ToolCallDelta(msgspec.Struct, kw_only=True):
+    """A piece of call number `index`; id, type and name come with its first piece."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCall
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
+    """The answer; its content is null where there are calls and nothing else."""
+
     role: str = "assistant"
-    content: str
+    content: str | None
     reasoning_content: str | None = None
-    tool_calls: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -261,6 +365,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -278,6 +383,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 class ChatDelta(msgspec.Struct, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
@@ -286,6 +393,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):

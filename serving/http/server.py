@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import random
 import shlex
 import signal
@@ -28,15 +29,15 @@ from serving.engine_client import EngineFailed
 from serving.engine_process import ENGINE_COMMAND, EngineProcess
 from serving.grammar import GrammarCompiler
 from serving.http.app import make_app
+from serving.http.bounded import BoundedHttp
 from serving.http.sampling import SamplingDefaults
 from serving.http.state import ServerState
 from serving.tokenizer import Tokenizer, TokenizerError
 
 T = TypeVar("T")
 
-GRACE_S = 10.0
-"""How long running answers may go on after SIGTERM; then their streams end with an error event."""
-
+LAST_WORDS_S = 5.0
+"""How long the error events of cut answers may take to leave, after the grace period."""
 BACKLOG = 2048
 GRAMMARS_AFTER_S = 1.0
 """When to build what checks grammars, counted from the engine's launch."""
@@ -131,17 +132,18 @@ class _Front:
             seeds=random.Random(config.random_seed),
             started=time.time(),
         )
+        longest_stop_s = config.shutdown_grace_period_secs + LAST_WORDS_S
         server = _Uvicorn(
             uvicorn.Config(
                 make_app(state),
-                http="httptools",
+                http=BoundedHttp,
                 ws="none",
                 lifespan="off",
                 access_log=False,
                 server_header=False,
                 log_config=None,
                 backlog=BACKLOG,
-                timeout_graceful_shutdown=int(GRACE_S + 5),
+                timeout_graceful_shutdown=math.ceil(longest_stop_s),
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
@@ -170,7 +172,7 @@ class _Front:
         self, server: _Uvicorn, serving: asyncio.Task[None], failed: asyncio.Task[str]
     ) -> None:
         """Wait for running answers: until they end, the grace is over, or a second signal."""
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + self._config.shutdown_grace_period_secs
         while time.monotonic() < deadline and self._signals < 2:
             done, _ = await asyncio.wait({serving, failed}, timeout=0.1)
             if done:

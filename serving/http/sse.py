@@ -35,6 +35,12 @@ def event(body: msgspec.Struct) -> bytes:
     return b"data: %b\n\n" % msgspec.json.encode(body)
 
 
+def named_event(body: msgspec.Struct) -> bytes:
+    """One event under its type's name, as /v1/responses sends them."""
+    name = body.__struct_config__.tag or "error"
+    return b"event: %b\n%b" % (str(name).encode(), event(body))
+
+
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client hangs up.
 
@@ -54,8 +60,11 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-async def stream(request: Request, events: Events) -> Response:
+async def stream(request: Request, events: Events, *, named: bool = False) -> Response:
     """Answer with `events`, once the first is there.
+
+    Args:
+        named: each event says its type, and nothing follows the last one.
 
     Raises:
         ApiError, EngineFailed: what `events` raised before its first event.
@@ -66,19 +75,20 @@ async def stream(request: Request, events: Events) -> Response:
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events)
+    return EventStream(first, events, named=named)
 
 
 class EventStream(Response):
-    """A body of events that ends with [DONE], or with the client."""
+    """A body of events that ends with [DONE] (if they have no names), or with the client."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: msgspec.Struct, rest: Events) -> None:
+    def __init__(self, first: msgspec.Struct | None, rest: Events, *, named: bool = False) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
+        self._frame, self._end = (named_event, b"") if named else (event, DONE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
@@ -90,26 +100,28 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        await _send_body(send, event(self._first))
         try:
+            if self._first is not None:
+                await _send_body(send, self._frame(self._first))
             async for body in self._rest:
-                await _send_body(send, event(body))
+                await _send_body(send, self._frame(body))
         except (ApiError, EngineFailed) as error:
-            await _send_body(send, event(ErrorEvent(error=to_api_error(error).body)))
+            await _send_body(send, self._frame(ErrorEvent(error=to_api_error(error).body)))
         except OSError:
             raise
         except Exception as error:
             logger.exception("A stream failed")
-            await _send_body(send, event(ErrorEvent(error=to_api_error(error).body)))
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await _send_body(send, self._frame(ErrorEvent(error=to_api_error(error).body)))
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 
 async def _send_body(send: Send, content: bytes) -> None:
     await send({"type": "http.response.body", "body": content, "more_body": True})
 
 
-async def _next(events: Events) -> msgspec.Struct:
-    return await anext(events)
+async def _next(events: Events) -> msgspec.Struct | None:
+    """None where there is none: a continued stream may have nothing left to tell."""
+    return await anext(events, None)
 
 
 async def _disconnected(receive: Receive) -> None:

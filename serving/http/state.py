@@ -11,6 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from serving.grammar import GrammarCompiler
 from serving.http.errors import ApiError
 from serving.http.loads import LoadWatch
 from serving.http.metrics import FrontMetrics
+from serving.http.offload import slow_lane
 from serving.http.sampling import SamplingDefaults
 from serving.tokenizer import Tokenizer
 
@@ -37,6 +39,7 @@ class ServerState:
         defaults: sampling parameters of requests that bring none.
         seeds: draws the seed of every request without one.
         timer: seconds of a clock that does not jump, for durations.
+        slow_lane: reads large bodies, one at a time.
         started: when the server began to serve, by `clock`.
         stopping: the server answers what it has begun and is no longer healthy.
     """
@@ -52,6 +55,7 @@ class ServerState:
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     stopping: bool = False
     started: float = 0.0
+    slow_lane: ThreadPoolExecutor = field(default_factory=slow_lane)
     metrics: FrontMetrics = field(init=False)
     loads: LoadWatch = field(init=False)
     _live: dict[str, str] = field(default_factory=dict)

@@ -28,8 +28,9 @@ class LiveRequest:
         order: (-priority, number of arrival); a retracted request keeps it.
         arrived: time of arrival, in seconds of the scheduler's clock.
         bound: the only slice that may run it; None while every slice may.
-        generated: the tokens sampled so far, all of them reported already.
-        context: the tokens to prefill: the prompt, after a retraction also what was generated.
+        generated: the answer so far, all of it reported already.
+        context: the tokens to prefill: the prompt and, of an answer begun elsewhere or before a
+            retraction, what was generated.
         key: `context` for the prefix tree; matches: by slice, the last node found for it.
         num_cached: KV entries written by the steps planned so far.
         pages: what the cache manager gave it, in position order; meaningless while it waits.
@@ -71,14 +72,14 @@ class LiveRequest:
         self.order = (-request.priority, number)
         self.arrived = arrived
         self.bound = bound
-        self.generated: list[int] = []
-        self.context = request.prompt
-        self.key = PrefixKey.of(request.prompt, request.cache_key)
+        self.generated = list(request.answer)
+        self.context = request.prompt + request.answer
+        self.key = PrefixKey.of(self.context, request.cache_key)
         self.matches: dict[int, Node] = {}
         self.num_cached = 0
         self.pages: tuple[int, ...] = ()
         self.rows_in_flight = 0
-        self.steps_left = request.sampling.max_tokens
+        self.steps_left = request.sampling.max_tokens - len(request.answer)
         self.first_cached: int | None = None
         self.queue_s = 0.0
         self.scores: list[TokenScore] = []

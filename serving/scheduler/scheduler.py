@@ -199,8 +199,9 @@ class Scheduler:
         Raises:
             RequestTooLong: prompt and max_tokens exceed the context or the pool of a slice.
             QueueFull: max_queued requests wait already.
-            ValueError: the prompt is empty, max_tokens is below 1, there is no such slice, or the
-                rid is live already.
+            ValueError: the prompt is empty, max_tokens is below 1, there is no such slice, the rid
+                is live already, or the answer that it brings is complete or its prompt is to be
+                scored.
         """
         rid, prompt, max_tokens = request.rid, len(request.prompt), request.sampling.max_tokens
         if rid in self._live:
@@ -213,6 +214,13 @@ class Scheduler:
             raise ValueError(
                 f"DP rank {request.dp_rank} is not active: ranks 0 to {len(self._ranks) - 1} are."
             )
+        if request.answer and len(request.answer) >= max_tokens:
+            raise ValueError(
+                f"An answer of {len(request.answer)} tokens cannot go on: "
+                f"max_tokens is {max_tokens}."
+            )
+        if request.answer and request.prompt_logprobs is not None:
+            raise ValueError("The prompt of an answer that goes on cannot be scored.")
         pool = self._ranks[0].cache.total_tokens
         for limit, what in (
             (self.config.max_context_tokens, "the context"),
@@ -467,7 +475,7 @@ class Scheduler:
     def _take(self, live: LiveRequest, token: SampledToken, index: int) -> TokenOutcome:
         generated, request = live.generated, live.request
         token_id, logprob, top_logprobs = token
-        first = self._first(live, index) if not generated else None
+        first = self._first(live, index) if len(generated) == len(request.answer) else None
         generated.append(token_id)
         reason: FinishReason | None = None
         if token_id in request.sampling.stop_token_ids:

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from serving.grammar import (
     GrammarSet,
     make_grammar_set,
 )
-from serving.request import Grammar
+from serving.request import Grammar, Thinking
 from serving.tokenizer import Tokenizer, TokenizerError
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -728,3 +729,53 @@ def test_the_engine_reads_the_tokenizer_of_its_flags():
     grammars.fill("a", row)
     assert len(bits(row)) == 1
     assert grammars.is_ready("a")
+
+
+THINKING = {"opened": {"opened": True}, "always": {"always": True}, "free": {}}
+THOUGHTS = {
+    # text: the modes in which it is complete, and those in which it is a beginning
+    'so {"a" </X>\n\n{"a": 1}': ("opened always", ""),
+    '{"a":1}': ("free", "opened always"),
+    '<X>x</X>{"a":2}': ("always free", ""),
+    "<X>x</X>no": ("", ""),
+    '</X> {"a" : 3}': ("opened always", ""),
+    '<X></X>{"a":3}': ("always free", ""),
+    "<X>endless": ("", "always free"),
+}
+
+
+@pytest.mark.parametrize("mode", THINKING)
+@pytest.mark.parametrize("special", [True, False])
+def test_a_grammar_governs_what_stands_behind_the_thinking(drawers, special, mode):
+    """The markers may be special tokens or plain text."""
+    tokenizer = drawers["deepseek_v3"].tokenizer
+    marks = ("<think>", "</think>") if special else ("<X>", "</X>")
+    ids = tokenizer.special_ids(marks)
+    assert bool(ids) == special
+    thinking = Thinking(
+        start=ids.get(marks[0], marks[0]), end=ids.get(marks[1], marks[1]), **THINKING[mode]
+    )
+    properties = {"a": {"type": "integer"}}
+    grammar = schema({"type": "object", "properties": properties, "additionalProperties": False})
+    grammar = replace(grammar, thinking=thinking)
+    for text, (complete, begun) in THOUGHTS.items():
+        if not special and mode == "opened" and text.startswith("<X>"):
+            continue  # a second opening marker is a thought like any other
+        text = text.replace("</X>", marks[1]).replace("<X>", marks[0])
+        matcher = drawers["deepseek_v3"].compiler.compile(grammar).result()
+        tokens = tokenizer._fast.encode(text, add_special_tokens=False).ids
+        taken = matcher.try_consume_tokens(tokens) == len(tokens)
+        assert (taken and matcher.is_accepting()) == (mode in complete.split()), text
+        if mode in begun.split():
+            assert taken, text
+
+
+def test_a_regular_expression_behind_thinking(drawers):
+    thinking = Thinking(start="<X>", end="</X>")
+    grammar = replace(regex(r"\d{2}/[a-c]+"), thinking=thinking)
+    compiler, tokenizer = drawers["demo"].compiler, drawers["demo"].tokenizer
+    for text, wanted in (("12/ab", True), ("<X>1/2</X>\n12/ab", True), ("<X>1</X>12", False)):
+        matcher = compiler.compile(grammar).result()
+        tokens = tokenizer._fast.encode(text, add_special_tokens=False).ids
+        taken = matcher.try_consume_tokens(tokens) == len(tokens)
+        assert (taken and matcher.is_accepting()) == wanted, text

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as FastTokenizer
 
-from serving.tokenizer import ChatTemplateError, StopMatcher, Tokenizer, TokenizerError
+from serving.tokenizer import (
+    LONG_TOKENS,
+    ChatTemplateError,
+    StopMatcher,
+    Tokenizer,
+    TokenizerError,
+)
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 FIXTURES = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "llama", "qwen2", "qwen3")
@@ -277,6 +284,26 @@ def test_only_a_possible_beginning_is_held_back():
     assert matcher.push("N") == ("", None)
     assert matcher.push("!") == ("EN!", None)
     assert matcher.push("\n\nQ: why") == ("", "\n\nQ:")
+
+
+def test_long_stop_strings_that_nearly_match_cost_little():
+    """Clients choose them, and while one answer is searched all others wait."""
+    stops = ["x" * 1000 + "!", *("y" * k + "x" * (1000 - k) for k in range(1, 64))]
+    matcher = StopMatcher(stops)
+    began = time.perf_counter()
+    out = "".join(matcher.push("xxxx")[0] for _ in range(500))
+    assert time.perf_counter() - began < 1.0  # comparing every length takes ten times as long
+    assert out == "x" * 1000
+    assert matcher.push("!?") == ("", stops[0])
+    assert matcher.push("!") == ("!", None)
+
+
+def test_long_lists_are_decoded_like_short_ones(tokenizers):
+    for tokenizer in tokenizers.values():
+        ids = tokenizer.encode("an old man, ") * (LONG_TOKENS // 4)
+        assert len(ids) > LONG_TOKENS
+        whole = tokenizer._fast.decode(ids, skip_special_tokens=True)
+        assert tokenizer.decode(ids) == whole
 
 
 @pytest.mark.parametrize("window", [False, True])

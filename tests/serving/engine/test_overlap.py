@@ -68,7 +68,7 @@ class FakeGrammars:
     def __contains__(self, rid: str) -> bool:
         return rid in self.tokens
 
-    def start(self, rid, grammar):
+    def start(self, rid, grammar, answer=()):
         if grammar.text == "(":
             self.failures[rid] = "The regular expression is wrong."
         self.tokens[rid] = []

@@ -11,6 +11,7 @@ import uvicorn
 
 from serving.config import ServerConfig
 from serving.http.app import make_app
+from serving.http.bounded import BoundedHttp
 from serving.http.state import ServerState
 from serving.tokenizer import Tokenizer
 from tests.fakes import FakeEngine, connected
@@ -37,13 +38,13 @@ async def serving(engine=None, **changes):
 
 
 @contextlib.asynccontextmanager
-async def listening(engine=None, **changes):
+async def listening(engine=None, http=BoundedHttp, **changes):
     """(base url, state, fake engine) of an app behind uvicorn in this loop."""
     async with serving(engine, **changes) as (_, state, fake):
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(
-            make_app(state), http="httptools", lifespan="off", log_config=None, access_log=False
+            make_app(state), http=http, lifespan="off", log_config=None, access_log=False
         )
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext
@@ -57,11 +58,11 @@ async def listening(engine=None, **changes):
             await task
 
 
-def run(main):
+def run(main, seconds=20):
     """Run a test's coroutine, never for ever."""
 
     async def bounded():
-        await asyncio.wait_for(main(), 20)
+        await asyncio.wait_for(main(), seconds)
 
     asyncio.run(bounded())
 

@@ -118,6 +118,8 @@ COMPLETIONS = [
 ]
 
 USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "ho"}
+TOOL = {"type": "function", "function": {"name": "f"}}
 CHAT = [
     ({"messages": None}, "messages is missing"),
     ({"messages": []}, "Messages cannot be empty."),
@@ -127,10 +129,22 @@ CHAT = [
     ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: expected"),
     ({"messages": [USER, {"role": "wizard", "content": "x"}]}, "messages[1].role must be one of"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role 'tool' is not supported"),
+    ({"messages": [{"role": "tool"}]}, "messages[0].content is missing"),
     (
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-        "messages[0].tool_calls is not supported",
+        "messages[0].tool_calls[0]: object missing required field `function`",
+    ),
+    (
+        {"messages": [USER | {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
+        "messages[0].tool_calls is the assistant's alone",
+    ),
+    (
+        {
+            "messages": [
+                ASSISTANT | {"tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]}
+            ]
+        },
+        "messages[0].tool_calls[0].function.arguments must be a JSON object",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -148,10 +162,30 @@ CHAT = [
     ({"logprobs": 3}, "logprobs: expected"),
     ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be in [0, 20], got 21"),
-    ({"tools": [{"type": "function"}]}, "tools is not supported yet"),
-    ({"tool_choice": "required"}, "tool_choice is not supported yet"),
-    ({"continue_final_message": True}, "continue_final_message is not supported yet"),
-    ({"reasoning_effort": "high"}, "reasoning_effort is not supported yet"),
+    ({"tools": [{"type": "function"}]}, "tools[0]: object missing required field `function`"),
+    ({"tools": [TOOL]}, "The chat template of this model does not show how it writes tool calls"),
+    ({"tools": [TOOL | {"type": "x"}]}, "tools[0].type must be 'function', got 'x'"),
+    ({"tools": [TOOL, TOOL]}, "tools[1].function.name is used twice"),
+    ({"tools": [{"function": {"name": ""}}]}, "tools[0].function.name is empty"),
+    (
+        {"tools": [{"function": {"name": "f", "parameters": 1}}]},
+        "Tool 0 function has invalid 'parameters' schema: it must be an object",
+    ),
+    ({"tool_choice": "required"}, "Tools cannot be empty if tool choice is set to required."),
+    (
+        {"tool_choice": {"function": {"name": "f"}}},
+        "Tools cannot be empty if tool choice is set to a specific tool.",
+    ),
+    ({"tool_choice": "sometimes", "tools": [TOOL]}, "tool_choice must be one of auto, none"),
+    (
+        {"tool_choice": {"function": {"name": "g"}}, "tools": [TOOL]},
+        "Tool 'g' not found in tools list.",
+    ),
+    ({"continue_final_message": True}, "continue_final_message needs a last message of the"),
+    ({"chat_template": "x"}, "chat_template is not supported yet"),
+    ({"input_ids": []}, "Prompt cannot be empty"),
+    ({"input_ids": [512]}, "[512] contains values greater than the vocab size (512)"),
+    ({"input_ids": ["a"]}, "input_ids[0]: expected"),
     ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected"),
     ({"n": 129}, "n must be in [1, 128]"),
     ({"min_tokens": 65}, "min_new_tokens must be in [0, max_new_tokens("),
@@ -229,6 +263,33 @@ def test_media_type_parameters_are_fine():
                 "/v1/completions", content=b'{"prompt":"a"}', headers=headers
             )
             assert response.status_code == 200
+
+    run(main)
+
+
+@pytest.mark.parametrize("written", ["3.0", "3e0", "30.0e-1"])
+def test_an_integer_may_be_written_with_a_point(written):
+    """Other servers take it, and so does JSON Schema."""
+
+    async def main():
+        async with serving() as (http, _, engine):
+            body = f"""{{"prompt": [[5.0, 6], [7e0]], "max_tokens": {written}, "seed": 1.0,
+                "temperature": 0.5, "priority": -0.0, "logit_bias": {{"9": 1.5}}}}"""
+            headers = {"content-type": "application/json"}
+            answer = await http.post("/v1/completions", content=body, headers=headers)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == 6
+            assert {request.prompt for request in engine.seen} == {(5, 6), (7,)}
+            for request in engine.seen:
+                assert isinstance(request.prompt[0], int)
+                assert (request.sampling.temperature, request.sampling.seed) == (0.5, 1)
+            for wrong in ("3.5", "1e300", "9.1e15", "-Infinity"):
+                body = f'{{"prompt": [5], "max_tokens": {wrong}}}'
+                answer = await http.post("/v1/completions", content=body, headers=headers)
+                assert answer.status_code == 400
+            long = f'{{"prompt": [{"1.0, " * 100_000}1], "max_tokens": 1}}'
+            answer = await http.post("/v1/completions", content=long, headers=headers)
+            assert answer.json()["message"].startswith("prompt[0]: expected `")
 
     run(main)
 

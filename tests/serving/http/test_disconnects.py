@@ -83,6 +83,30 @@ def test_hanging_up_while_waiting(stream, prompt):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_hanging_up_on_pipelined_requests_ends_the_one_that_runs(stream, num, caplog):
+    async def main():
+        async with listening(FakeEngine(delay_s=0.02)) as (url, state, engine):
+            host, port = url.removeprefix("http://").split(":")
+            _, writer = await asyncio.open_connection(host, int(port))
+            body = json.dumps({"prompt": [5], "max_tokens": 200, "stream": stream}).encode()
+            head = (
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"content-length: %d\r\n\r\n"
+            )
+            writer.write((head % len(body) + body) * num)
+            await until(lambda: engine.running)
+            await asyncio.sleep(0.05)
+            writer.transport.abort()
+            await until(lambda: len(engine.aborted) == 1)
+            await until(lambda: state._live == {})
+            assert len(engine.seen) == 1  # the others were never begun
+
+    run(main)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("hold", [False, True])
 def test_hanging_up_ends_every_sample(stream, hold):
     async def main():

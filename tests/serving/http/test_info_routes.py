@@ -42,6 +42,10 @@ def test_health_and_info():
             info = (await http.get("/get_model_info")).json()
             assert info["is_generation"] is True
             assert info["model_path"] == state.config.model_path
+            assert info["model_type"] == "deepseek_v3"
+            assert info["architectures"] == ["DeepseekV3ForCausalLM"]
+            assert (await http.get("/get_weight_version")).json() == {"weight_version": "default"}
+            assert (await http.get("/ping")).status_code == 200
             info = (await http.get("/get_server_info")).json()
             assert info["topology"] == "mesh dp2 ep1 tp1 on 2 fake devices"
             assert info["engine"] == {"device": "fake"}

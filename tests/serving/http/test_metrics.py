@@ -151,7 +151,7 @@ def test_front_metrics_of_answers(stream):
                 assert (got[f"{name}_count", "0"], got[f"{name}_count", "1"]) == (1, 2), name
             assert got["queue_time_seconds_sum", "0"] == 0.25
             assert got["inter_token_latency_seconds_count", "0"] == 2
-            assert got["inter_token_latency_seconds_sum", "0"] >= 0.004
+            assert got["inter_token_latency_seconds_sum", "0"] > 0
             assert got["prompt_tokens_histogram_sum", "0"] == 2
             assert got["generation_tokens_histogram_sum", "0"] == 3
             assert got["uncached_prompt_tokens_histogram_sum", "0"] == 2

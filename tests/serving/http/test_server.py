@@ -25,7 +25,6 @@ SERVE = """
 import sys
 from serving.config import parse_args
 from serving.http import server
-server.GRACE_S = 1.0
 sys.exit(server.run(parse_args(sys.argv[1:]), engine_command=[sys.executable, "-m", "tests.fakes"]))
 """
 
@@ -41,6 +40,7 @@ class Server:
 
     def __init__(self, *flags, mode="", port=0, model=MODEL):
         command = [sys.executable, "-c", SERVE, "--model-path", str(model), "--tp", "1"]
+        command += ["--shutdown-grace-period-secs", "1"]
         self.process = subprocess.Popen(
             [*command, "--port", str(port), *flags],
             cwd=ROOT,
@@ -208,6 +208,63 @@ def test_sigterm_lets_answers_finish():
         assert json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
         assert server.exit_code() == 0
         assert server.stderr() == ""
+
+
+def test_new_connections_are_refused_while_answers_finish():
+    with serving() as server:
+        url = server.url()
+        body = {"prompt": [5], "max_tokens": 45, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.terminate()
+            server.wait_for("Stopping")
+            deadline = time.monotonic() + 5
+            while not refuses(url):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            lines = [line for line in lines if line]
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert server.exit_code() == 0
+
+
+def refuses(url):
+    try:
+        httpx.get(f"{url}/health", timeout=5)
+    except httpx.ConnectError:
+        return True
+    return False
+
+
+def test_no_grace_ends_answers_at_once():
+    with serving("--shutdown-grace-period-secs", "0") as server:
+        url = server.url()
+        body = {"prompt": [5], "max_tokens": 250, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+            lines = response.iter_lines()
+            next(lines)
+            began = time.monotonic()
+            server.process.terminate()
+            lines = [line for line in lines if line]
+        assert time.monotonic() - began < 0.9
+        assert lines[-1] == "data: [DONE]"
+        assert "shutting down" in lines[-2]
+        assert server.exit_code() == 0
+
+
+def test_keys_reach_the_server_and_stay_there():
+    with serving("--api-key", "sk-one") as server:
+        url = server.url()
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        bearer = {"authorization": "Bearer sk-one"}
+        info = httpx.get(f"{url}/get_server_info", headers=bearer)
+        assert info.status_code == 200
+        assert "sk-one" not in info.text
+        server.process.terminate()
+        assert server.exit_code() == 0
+        assert "sk-one" not in server.stderr() + "".join(server.out)
 
 
 def test_answers_that_take_too_long_end_with_an_event():

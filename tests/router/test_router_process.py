@@ -1,0 +1,184 @@
+"""The router's process: how it starts, what it says when it cannot, and how it ends."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from router.upstream import UpstreamError
+from tests.router.support import Client, run, workers
+
+pytestmark = pytest.mark.timeout(90)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def process(*flags):
+    """(process, its port, the Prometheus port) of a router that may not start."""
+    port, metrics = free_port(), free_port()
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(ROOT / "scripts" / "launch_router.py"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)),
+        *flags,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        yield child, port, metrics
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+
+
+async def ready(client, num):
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(UpstreamError, ValueError):
+                reply = await client.get("/readiness")
+                if reply.status == 200 and reply.json()["healthy_workers"] == num:
+                    return
+            await asyncio.sleep(0.05)
+
+
+def test_it_routes_shows_metrics_and_lets_streams_end():
+    async def main():
+        async with (
+            workers(2, tpot=0.02) as fleet,
+            process("--worker-urls", *(worker.url for worker in fleet)) as (
+                child,
+                port,
+                metrics_port,
+            ),
+        ):
+            first = (await child.stdout.readline()).decode()
+            assert f"http://127.0.0.1:{port}" in first
+            client = Client(f"http://127.0.0.1:{port}")
+            await ready(client, 2)
+            assert len((await client.stream()).text()) == 48
+            for path in ("/metrics", "/", "/any/thing"):
+                page = await client.get(path, base=f"http://127.0.0.1:{metrics_port}")
+                assert page.status == 200
+                assert b"smg_router_requests_total" in page.body
+            task = asyncio.create_task(client.stream(max_tokens=50))
+            await asyncio.sleep(0.3)
+            child.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.1)
+            with pytest.raises(OSError):  # noqa: PT011
+                await asyncio.open_connection("127.0.0.1", port)
+            assert len((await task).text()) == 200
+            await client.close()
+            assert await asyncio.wait_for(child.wait(), 10) == 0
+            assert b"Traceback" not in await child.stderr.read()
+
+    run(main, 60)
+
+
+@pytest.mark.parametrize("second_signal", [False, True])
+def test_what_takes_too_long_is_cut(second_signal):
+    grace = "60" if second_signal else "0.3"
+
+    async def main():
+        async with (
+            workers(1, tpot=0.05) as fleet,
+            process("--worker-urls", fleet[0].url, "--shutdown-grace-period-secs", grace) as (
+                child,
+                port,
+                _,
+            ),
+        ):
+            client = Client(f"http://127.0.0.1:{port}")
+            await ready(client, 1)
+            task = asyncio.create_task(client.stream(max_tokens=1000))
+            await asyncio.sleep(0.3)
+            child.send_signal(signal.SIGINT)
+            if second_signal:
+                await asyncio.sleep(0.2)
+                assert child.returncode is None
+                child.send_signal(signal.SIGINT)
+            assert await asyncio.wait_for(child.wait(), 10) == 0
+            assert (await task).error
+            await client.close()
+
+    run(main, 60)
+
+
+@pytest.mark.parametrize("flag", ["--port", "--prometheus-port"])
+def test_a_port_in_use_is_one_sentence(flag):
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            async with process(flag, port) as (child, _, _):
+                out, err = await asyncio.wait_for(child.communicate(), 30)
+                assert child.returncode == 1
+                assert out == b""
+                assert err.decode() == (
+                    f"launch_router.py: error: Port {port} on 127.0.0.1 is already in use: choose "
+                    f"another with {flag}.\n"
+                )
+
+    run(main, 60)
+
+
+def test_a_wrong_flag_is_one_sentence():
+    async def main():
+        async with process("--policy", "best") as (child, _, _):
+            out, err = await asyncio.wait_for(child.communicate(), 30)
+            assert child.returncode == 2
+            assert out == b""
+            assert err.startswith(b"launch_router.py: error: ")
+            assert err.count(b"\n") == 1
+
+    run(main, 60)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tls-cert-path", "none.pem", "--tls-key-path", "none.pem"),
+        ("--ca-cert-paths", "none.pem"),
+    ],
+)
+def test_certificates_that_are_not_there_are_one_sentence(flags):
+    async def main():
+        async with process(*flags) as (child, _, _):
+            _, err = await asyncio.wait_for(child.communicate(), 30)
+            assert child.returncode == 1
+            assert err.startswith(b"launch_router.py: error: ")
+            assert flags[0].encode() in err
+            assert err.count(b"\n") == 1
+
+    run(main, 60)
+
+
+def test_workers_that_are_not_there_yet():
+    """The listener is up at once; 503 with a reason until a worker is."""
+
+    async def main():
+        async with process("--worker-urls", f"http://127.0.0.1:{free_port()}") as (child, port, _):
+            await child.stdout.readline()
+            client = Client(f"http://127.0.0.1:{port}")
+            assert (await client.get("/health")).status == 200
+            assert (await client.get("/readiness")).status == 503
+            reply = await client.stream()
+            assert reply.status == 503
+            assert json.loads(reply.body)["error"]["code"] == "no_available_workers"
+            await client.close()
+
+    run(main, 60)
