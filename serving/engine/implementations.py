@@ -7,6 +7,7 @@ refused; `auto` takes kernels where they can run, and the log says why where the
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from model.config import ModelConfig
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
@@ -26,12 +27,12 @@ def choose_kernels(
     layout: Layout,
     *,
     platform: str,
-    fp8_experts: bool,
+    fp8: Collection[str] = (),
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
 
     Args:
-        fp8_experts: whether experts stay in FP8 on the devices.
+        fp8: paths of the parameters that stay in FP8 on the devices.
 
     Raises:
         ConfigError: a back end asked for by name cannot run this model here.
@@ -45,7 +46,7 @@ def choose_kernels(
         experts = _chosen(
             "--moe-runner-backend",
             config.moe_runner_backend,
-            here or _no_experts(model, layout, fp8_experts=fp8_experts),
+            here or _no_experts(model, layout, fp8_experts=any(".experts." in p for p in fp8)),
         )
     extend: Implementation = attention
     if attention == "pallas" and config.enable_deterministic_inference:
@@ -66,6 +67,8 @@ def choose_kernels(
         dense=attention,
         unroll=config.layer_unroll or 1,
     )
+    if kernels.dense == "pallas" and any(".experts." not in path for path in fp8):
+        log.info("dense products with weights that stay in FP8: xla, the kernel takes none")
     log.info(
         "decode attention: %s, extend attention: %s, experts: %s, routing: %s, dense products of "
         "few rows: %s",

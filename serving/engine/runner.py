@@ -169,7 +169,7 @@ class ModelRunner:
             model,
             layout,
             platform=self.platform,
-            fp8_experts=any(".experts." in path for path in source.fp8),
+            fp8=source.fp8,
         )
         self._log_fp8(source)
         self.weights = source.load(self.spec, self.mesh)
