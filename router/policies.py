@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MISS_WEIGHT = 5
+MISS_WEIGHT = 6
 """How much worse it is to compute a token than to wait while another one is computed: waiting
 costs one request time, computing costs everybody the device, and the cache the room. Candidates
 that compute in lockstep all pay for one's miss: for them it is worse still."""
-REQUEST_CHARGE = 64
+REQUEST_CHARGE = 80
 """What a request that runs on a candidate already adds to the cost of another one there."""
 
 

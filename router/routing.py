@@ -33,8 +33,11 @@ LOST_CHARS = 2048
 SURPRISES = 2
 """A worker that has nothing cached of a prefix of LOST_CHARS which nobody was computing, and whose
 cache was not full, so many times in a row, was restarted or flushed behind the router's back."""
-FULL_SLOTS_TOKENS = 1000
-"""What it costs to wait for one of a worker's slots, in prompt tokens."""
+NO_SLOT_TOKENS = 2500
+SLOT_WAIT_TOKENS = 1000
+"""What it costs, in prompt tokens, to find no slot free at a worker, and to wait for each request
+that must end there before. Tuned by `tests/router/simulation.py` together with
+`router.policies.MISS_WEIGHT`: more of these balances better and hits less."""
 PREFIX_HASH_CHARS = 1024
 PREFIX_HASH_OVERLOAD = 1.25
 """The policy prefix_hash leaves a worker that has so many times the mean load."""
@@ -386,7 +389,7 @@ class CheapestWorker:
             missing = request.num_chars - (_chars(depth) if depth else 0)
             running, wait = worker.in_flight, worker.backlog_tokens
             if worker.max_running is not None and running >= worker.max_running:
-                wait += FULL_SLOTS_TOKENS * (running + 1 - worker.max_running)
+                wait += NO_SLOT_TOKENS + SLOT_WAIT_TOKENS * (running + 1 - worker.max_running)
             cost = expected_cost(missing / per_token[worker.model_id], wait, running)
             keys.append((cost, self._index.chars(worker.bit)))
         worker = candidates[least(keys, self._turn)]
