@@ -86,7 +86,7 @@ def exchanged(layout, exchange, x, ids, weights, shared, *, in_order=False):
 )
 def test_no_token_is_lost(layout, exchange, kind, in_order, monkeypatch):
     # Small rounds: the skewed cases need several, and 21 tokens split unevenly.
-    monkeypatch.setattr(expert_exchange, "ONE_ROUND_TOKENS", 4)
+    monkeypatch.setattr(expert_exchange, "dispatch_rows", lambda *_: 4)
     layout = make_layout(*layout)
     slices, tokens = layout.num_slices, 21
     ids = routing(kind, slices, tokens)
