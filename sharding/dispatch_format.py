@@ -41,9 +41,7 @@ def encode(x: jax.Array, expert_ids: jax.Array, weights: jax.Array, *, fp8: bool
     return Dispatched(x, jnp.concatenate(side, axis=-1))
 
 
-def decode(
-    rows: Dispatched, k: int, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def decode(rows: Dispatched, k: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `encode` was given, x in `dtype`."""
     ids, weights = rows.side[:, :k].astype(jnp.int32) - 1, rows.side[:, k : 2 * k]
     x = rows.data
@@ -86,6 +84,5 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def dequantize(data: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """[T, D] of what `quantize` made, multiplied in float32."""
-    tokens, width = data.shape
-    factors = jnp.repeat(scale, BLOCK, axis=-1)[:, :width]
+    factors = jnp.repeat(scale, BLOCK, axis=-1)[:, : data.shape[1]]
     return (data.astype(jnp.float32) * factors).astype(dtype)

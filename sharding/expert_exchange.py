@@ -144,9 +144,7 @@ def _count_before(wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
     def before(counts: jax.Array) -> jax.Array:  # [..., n, groups], along n
         n = counts.shape[-2]
         triangle = jnp.tril(jnp.ones((n, n), jnp.float32), -1)
-        return jnp.einsum(
-            "ij,...jg->...ig", triangle, counts, precision=lax.Precision.HIGHEST
-        )
+        return jnp.einsum("ij,...jg->...ig", triangle, counts, precision=lax.Precision.HIGHEST)
 
     of_block = blocks.sum(axis=1)
     counts = before(blocks) + before(of_block)[:, None]

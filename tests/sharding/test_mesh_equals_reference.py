@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sharding.exchange_choice import dispatch_rows
 from tests.fixtures import LAYOUTS, LOGIT_TOLERANCE, MLA_FIXTURES, load_fixture
 from tests.harness import MeshModel, SliceRows
 
@@ -18,15 +19,19 @@ def _pages(seed: int) -> list[int]:
 
 
 def _expected_collectives(model: MeshModel, exchange: str) -> set[str]:
-    """Which collectives a layout needs, from the roles alone."""
-    layout = model.layout
+    """Which collectives a layout needs, from the roles and sizes alone."""
+    layout, groups = model.layout, model.layout.size(model.layout.moe_ep)
+    rows = -(-sum(model.sizes[:2]) // layout.size(layout.split)) * layout.size(layout.gather)
     wanted = set()
     if layout.size(layout.attn_tp) > 1:
         wanted |= {"all-reduce", "all-gather"}  # head-parallel sums; logits
     if exchange == "none" and layout.num_slices > 1:
         wanted |= {"all-gather", "reduce-scatter"}
-    if exchange == "all_to_all" and layout.size(layout.moe_ep) > 1:
-        wanted.add("all-to-all")
+    if exchange == "all_to_all" and groups > 1:
+        if dispatch_rows(rows, model.config.num_experts_per_token, groups) < rows:
+            wanted.add("all-to-all")
+        else:  # all tokens to all groups
+            wanted |= {"all-gather", "reduce-scatter"}
     return wanted
 
 
