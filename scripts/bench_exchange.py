@@ -44,6 +44,8 @@ from sharding.exchange_choice import dispatch_rows
 from sharding.mesh import make_mesh
 from sharding.step import sharded
 
+Options = tuple[str, tuple[tuple[str, str | bool], ...]]
+"""A set of options of XLA: what it is called here, and (option, value) of each."""
 COMPILE_THREADS = 8
 MOST_TOKENS = 400_000
 """Tokens of a slice in one run: larger exchanges repeat less often."""
@@ -55,7 +57,7 @@ class Case:
 
     Attributes:
         exchange: a name of `EXCHANGES`; None computes without any exchange.
-        options: (name of the set, options of XLA).
+        options: what it is compiled with.
     """
 
     tokens: int
@@ -63,7 +65,7 @@ class Case:
     fp8: bool
     in_order: bool
     shared_width: int
-    options: tuple[str, tuple[tuple[str, str], ...]]
+    options: Options
 
     def columns(self) -> dict[str, Any]:
         return {
@@ -216,7 +218,8 @@ def measured(bench: Bench, wanted: Sequence[Case]) -> Iterator[dict[str, Any]]:
     for case, program in zip(wanted, programs, strict=True):
         row = case.columns()
         if isinstance(program, str):
-            yield row | {"note": program}
+            if case.exchange is not None:
+                yield row | {"note": program}
             continue
         row |= bench.measure(case, program)
         if case.exchange is None:
@@ -237,11 +240,12 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def options(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """ "name:option=value;option=value" """
+def options(text: str) -> Options:
+    """ "name:option=value;option=value", where JAX wants booleans as such."""
     name, _, given = text.partition(":")
     pairs = [part.partition("=") for part in given.split(";") if part]
-    return name, tuple((option, value) for option, _, value in pairs)
+    known = {"true": True, "false": False}
+    return name, tuple((option, known.get(value, value)) for option, _, value in pairs)
 
 
 def make_parser() -> argparse.ArgumentParser:
