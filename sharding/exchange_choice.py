@@ -21,6 +21,10 @@ MEASURED_US: dict[Exchange, tuple[tuple[float, float], ...]] = {
 """(MiB that leave a device on the way out, us there and back), ascending: two H100 over NVLink,
 bfloat16, the collectives alone."""
 
+ONE_ROUND_TOKENS = 256
+"""Up to this many tokens all_to_all has room for every token at every destination. Beyond, how many
+rounds there are is known at run time only, for which a GPU waits for its host: too long for
+decode steps."""
 ROOM = 1.25
 """Rows of a round, as a multiple of what even routing sends to one group."""
 WORTH_LEAVING_OUT = 0.8
@@ -35,8 +39,9 @@ def dispatch_rows(tokens: int, k: int, groups: int) -> int:
     make a second round rare.
     """
     share = 1 - (1 - 1 / groups) ** k
-    rows = ROOM * tokens * share + 4 * math.sqrt(tokens * share * (1 - share))
-    return tokens if rows > WORTH_LEAVING_OUT * tokens else max(1, math.ceil(rows))
+    rows = math.ceil(ROOM * tokens * share + 4 * math.sqrt(tokens * share * (1 - share)))
+    worth_it = tokens > ONE_ROUND_TOKENS and rows <= WORTH_LEAVING_OUT * tokens
+    return rows if worth_it else tokens
 
 
 def rows_moved(exchange: Exchange, layout: Layout, tokens: int, k: int) -> float:

@@ -18,13 +18,13 @@ def measured(capsys, *flags):
 
 
 def test_every_exchange_brings_tokens_back(capsys):
-    flags = ("--tokens", "4,400", "--sums", "fast,in_order", "--top-k", "2")
+    flags = ("--tokens", "4,800", "--sums", "fast,in_order", "--top-k", "2")
     rows = measured(capsys, *flags)
     assert len(rows) == 2 * 2 * 2 * 2
     for row in rows:
         assert row["us"] > 0
         assert row["moved by"] < (0.1 if row["dispatch"] == "fp8_e4m3" else 1e-5)
-    assert {r["rows"] for r in rows if "all_to_all" in r["exchange"]} == {2, 83}
+    assert {r["rows"] for r in rows if "all_to_all" in r["exchange"]} == {2, 152}
 
 
 def test_sets_of_options_are_compiled_each(capsys):

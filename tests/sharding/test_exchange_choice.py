@@ -12,7 +12,12 @@ ROW = 4096  # bytes: 2048 numbers in bfloat16
 
 def test_two_groups_get_every_token():
     assert all(dispatch_rows(tokens, 6, 2) == tokens for tokens in (1, 64, 2048, 8192))
-    assert dispatch_rows(100, 6, 1) == 100
+    assert dispatch_rows(1000, 6, 1) == 1000
+
+
+def test_decode_steps_have_one_round():
+    assert dispatch_rows(256, 2, 64) == 256
+    assert dispatch_rows(257, 2, 64) < 40
 
 
 @pytest.mark.parametrize(("tokens", "k", "groups"), [(2048, 6, 8), (512, 8, 16), (8192, 1, 2)])

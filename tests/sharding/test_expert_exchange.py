@@ -113,10 +113,10 @@ def test_no_token_is_lost(layout, exchange, in_order, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layout", "tokens"), [((8, 8, 8), 16), ((8, 8, 8), 300), ((8, 4, 8), 300)]
+    ("layout", "tokens"), [((8, 8, 8), 16), ((8, 8, 8), 300), ((8, 4, 8), 600)]
 )
 def test_rounds_of_the_size_that_is_used(layout, tokens):
-    """16 tokens go everywhere, 300 in rounds of less; skewed ones need a second round."""
+    """16 tokens go everywhere, 300 of a device in rounds of less; skewed ones need a second."""
     layout = make_layout(*layout)
     run = exchanger(layout, "all_to_all")
     for kind in ("even", "one rank"):
