@@ -17,7 +17,8 @@ from serving.parsers.reasoning import REASONING_FORMATS
 from serving.parsers.tool_calls import TOOL_FORMATS
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "model" / "demo"
-MOE_A2A_BACKENDS = ("none", "all_to_all", "deepep")
+MOE_A2A_BACKENDS = ("auto", "none", "all_to_all", "deepep")
+MOE_DISPATCH_DTYPES = ("auto", "fp8_e4m3", "fp8")
 LOAD_BALANCE_METHODS = ("auto", "round_robin", "total_requests", "total_tokens", "cache_aware")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
 TOOL_CALL_PARSERS = ("auto", *TOOL_FORMATS, "none")
@@ -58,7 +59,8 @@ class ServerConfig:
     ep_size: int = 1
     all_devices: bool = False
     """Use every device there is (8 emulated ones on CPU), with DPA and EP as wide as they go."""
-    moe_a2a_backend: str = "none"
+    moe_a2a_backend: str = "auto"
+    moe_dispatch_dtype: str = "auto"
     moe_runner_backend: str = "auto"
     attention_backend: str = "auto"
     layer_unroll: int | None = None
@@ -354,7 +356,28 @@ def _add_layout_flags(group: _Group) -> None:
         "--moe-a2a-backend",
         choices=MOE_A2A_BACKENDS,
         help="how tokens reach their experts: none = all-gather and reduce-scatter, all_to_all = "
-        "each token once to every device that holds one of its experts; deepep means all_to_all",
+        "each token once to every device that holds one of its experts, auto = the faster one for "
+        "each program, by measured times; deepep means all_to_all",
+    )
+    _add(
+        group,
+        "--moe-dispatch-dtype",
+        "--deepep-dispatcher-output-dtype",
+        choices=MOE_DISPATCH_DTYPES,
+        help="tokens on their way to experts: auto = the model's dtype, fp8_e4m3 (or fp8) = half "
+        "the bytes of bfloat16, less exactly; what comes back keeps the model's dtype",
+    )
+    group.add_argument(
+        "--moe-dense-tp-size",
+        type=int,
+        help="over how many devices dense MLPs are cut; only those of an attention group (--tp / "
+        "--dp-size), which is what happens without the flag",
+    )
+    group.add_argument(
+        "--enable-dp-lm-head",
+        action="store_true",
+        help="accepted and always on with DP attention: the vocabulary is cut inside an attention "
+        "group only",
     )
     _add(
         group,
@@ -601,6 +624,15 @@ def parse_args(argv: list[str]) -> ServerConfig:
     dp_size = args["dp_size"] or 1
     layout_flags = ("model_path", "tp_size", "dp_size", "ep_size")
     all_devices = all(args[name] is None for name in layout_flags)
+    dense_tp, dp_lm_head = args.pop("moe_dense_tp_size"), args.pop("enable_dp_lm_head")
+    attn_tp = 1 if all_devices else (args["tp_size"] or 1) // max(1, dp_size)
+    if dp_lm_head and not (enable_dpa or all_devices):
+        raise ConfigError("Please enable dp attention when setting --enable-dp-lm-head.")
+    if dense_tp not in (None, attn_tp):
+        raise ConfigError(
+            f"--moe-dense-tp-size {dense_tp} is not supported: dense MLPs are cut as attention is, "
+            f"over an attention group (--tp / --dp-size, here {attn_tp}); leave the flag out."
+        )
     if enable_dpa and dp_size == 1 and not all_devices:
         warnings.append(
             "--enable-dp-attention has no effect: DP attention is off because --dp-size is 1."
@@ -628,6 +660,13 @@ def parse_args(argv: list[str]) -> ServerConfig:
                 f"takes instead ({flag} pallas)."
             )
             given[name] = "pallas"
+    if given.get("moe_dispatch_dtype") in ("fp8_e4m3", "fp8"):
+        given["moe_dispatch_dtype"] = "fp8_e4m3"
+        if dp_size == 1 and given.get("moe_a2a_backend") != "all_to_all" and not all_devices:
+            raise ConfigError(
+                f"--moe-dispatch-dtype {args['moe_dispatch_dtype']} needs --dp-size > 1 or "
+                "--moe-a2a-backend all_to_all: no token is sent to an expert otherwise."
+            )
     one_group = given.get("ep_size", 1) == 1 and not all_devices
     if given.get("moe_a2a_backend") == "all_to_all" and one_group:
         raise ConfigError(

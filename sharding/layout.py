@@ -44,6 +44,16 @@ class Layout:
         return product
 
     @property
+    def split(self) -> Axes:
+        """Axes over which tokens are equal before the experts and distinct among them."""
+        return tuple(axis for axis in self.attn_tp if axis in self.moe_ep)
+
+    @property
+    def gather(self) -> Axes:
+        """Axes over which tokens are distinct before the experts and equal among them."""
+        return tuple(axis for axis in self.attn_dp if axis in self.moe_tp)
+
+    @property
     def num_devices(self) -> int:
         return self.size(self.axis_names)
 

@@ -56,6 +56,7 @@ class MeshModel:
         keep_fp8: bool = True,
         kv_dtype: str = "float32",
         deterministic: bool = False,
+        fp8_dispatch: bool = False,
         kernels: Kernels = XLA,
     ) -> None:
         source = open_source(folder, keep_fp8=keep_fp8)
@@ -69,7 +70,9 @@ class MeshModel:
         pool, pool_spec = self.spec.pool_shape(NUM_PAGES, PAGE_SIZE), self.spec.pool_spec
         self.sharding = by_slice(self.mesh, self.layout)
         self.kv = jax.device_put(jnp.zeros(pool, kv_dtype), NamedSharding(self.mesh, pool_spec))
-        comm = MeshComm(self.layout, exchange, deterministic=deterministic)
+        comm = MeshComm(
+            self.layout, exchange, fp8_dispatch=fp8_dispatch, deterministic=deterministic
+        )
 
         batch = self._pack([SliceRows() for _ in range(d)])
         shapes = ForwardBatch(*(a.shape[1:] for a in batch))

@@ -43,6 +43,7 @@ RULES = {
     "model.formats.gguf_file": Rule(only=("numpy", "model", "gguf")),
     "sharding": Rule(only=(*NUMERICS, "model", "sharding")),
     "sharding.layout": Rule(only=()),
+    "sharding.exchange_choice": Rule(only=("sharding.layout",)),
     "sharding.orbax_folder": Rule(only=(*NUMERICS, "model", "sharding", "orbax")),
     "serving": Rule(never=("starlette", *JAX, "model", "sharding")),
     "serving.request": Rule(only=()),

@@ -35,6 +35,17 @@ log = logging.getLogger("meshserve.engine")
 EMULATED_DEVICES = 8
 """Devices of `all_devices` on a machine without an accelerator."""
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+XLA_FLAGS_OF_MESHES = {
+    # Starts collectives as early and ends them as late as their operands allow, so that what needs
+    # neither (shared experts, the other micro-batch) runs meanwhile. Collectives are asynchronous
+    # by default, but without this scheduler their ends follow their starts at once, and XLA turns
+    # such pairs back into synchronous ones.
+    "xla_gpu_enable_latency_hiding_scheduler": "true",
+    # Not set: xla_gpu_enable_command_buffer=+COLLECTIVES. It captures collectives into CUDA graphs
+    # with what surrounds them, but XLA orders a graph's nodes one after the other, which undoes
+    # the overlap. Graphs between collectives are captured without it.
+}
+"""Options of XLA for several GPUs, as far as XLA_FLAGS does not name them."""
 GRAMMAR_POLL_S = 0.001
 """How long to wait for a grammar to be read where there is nothing else to do."""
 
@@ -293,6 +304,8 @@ def configure_jax(config: ServerConfig) -> None:
         ConfigError: --device names a platform that is not there.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.mem_fraction_static))
+    if config.device in ("auto", "cuda") and (config.tp_size > 1 or config.all_devices):
+        os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""))
     if config.device != "auto":
         jax.config.update("jax_platforms", config.device)
     emulated = EMULATED_DEVICES if config.all_devices else config.tp_size
@@ -313,6 +326,13 @@ def configure_jax(config: ServerConfig) -> None:
         ) from None
 
 
+def xla_flags(given: str) -> str:
+    """The value of XLA_FLAGS with `XLA_FLAGS_OF_MESHES` behind what the user gave, which wins."""
+    named = {flag.lstrip("-").split("=")[0] for flag in given.split()}
+    added = [f"--{name}={v}" for name, v in XLA_FLAGS_OF_MESHES.items() if name not in named]
+    return " ".join([*given.split(), *added])
+
+
 def resolve_layout(config: ServerConfig) -> Layout:
     """The layout the flags ask for, or the widest DPA + EP one over every device.
 
@@ -322,10 +342,14 @@ def resolve_layout(config: ServerConfig) -> Layout:
     if not config.all_devices:
         return make_layout(config.tp_size, config.dp_size, config.ep_size)
     devices = len(jax.devices())
-    if devices == 1 and config.moe_a2a_backend == "all_to_all":
-        raise LayoutError(
-            "--moe-a2a-backend all_to_all needs more than one device: there is nothing to exchange."
-        )
+    for flag, value, needing in (
+        ("--moe-a2a-backend", config.moe_a2a_backend, "all_to_all"),
+        ("--moe-dispatch-dtype", config.moe_dispatch_dtype, "fp8_e4m3"),
+    ):
+        if devices == 1 and value == needing:
+            raise LayoutError(
+                f"{flag} {value} needs more than one device: there is nothing to exchange."
+            )
     return make_layout(devices, devices, devices)
 
 
@@ -400,6 +424,7 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
             for role in ("attn_dp", "attn_tp", "moe_ep", "moe_tp")
         },
         "moe_a2a_backend": runner.config.moe_a2a_backend,
+        "moe_exchanges": runner.exchanges,
         "kernels": {
             name: getattr(runner.kernels, name)
             for name in (
@@ -421,9 +446,10 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
         "load_seconds": round(runner.load_seconds, 2),
         "compile_seconds": round(runner.compile_seconds, 2),
     }
+    exchange = " or ".join(dict.fromkeys(runner.exchanges.values())) or "none"
     line = (
-        f"{layout.num_devices} x {device.device_kind}, {layout}, experts by "
-        f"{runner.config.moe_a2a_backend}, {runner.dtype}, weights "
+        f"{layout.num_devices} x {device.device_kind}, {layout}, expert exchange {exchange}, "
+        f"{runner.dtype}, weights "
         f"{runner.spec.device_bytes() / 2**20:.1f} MiB a device, KV {tokens} tokens in each of "
         f"{layout.num_slices} slices ({details['kv_bytes_per_device'] / 2**20:.0f} MiB a device)"
     )

@@ -157,6 +157,11 @@ class ModelRunner:
         started = time.perf_counter()
         self.config, self.model, self.layout = config, source.config, layout
         model = source.config
+        if config.moe_dispatch_dtype != "auto" and not model.num_experts:
+            raise ConfigError(
+                f"--moe-dispatch-dtype {config.moe_dispatch_dtype}: a {model.model_type} model of "
+                "this size has no experts."
+            )
         self.mesh = make_mesh(layout)
         self.platform = self.mesh.devices.flat[0].platform
         self.dtype = resolve_dtype(config.dtype, self.platform)
@@ -191,8 +196,15 @@ class ModelRunner:
             config, platform=self.platform, num_slices=layout.num_slices, max_context=context
         )
         self.comm = MeshComm(
-            layout, config.moe_a2a_backend, deterministic=config.enable_deterministic_inference
+            layout,
+            config.moe_a2a_backend,
+            fp8_dispatch=config.moe_dispatch_dtype == "fp8_e4m3",
+            deterministic=config.enable_deterministic_inference,
         )
+        if self.exchanges:
+            log.info(
+                "expert exchange: %s", ", ".join(f"{s} {e}" for s, e in self.exchanges.items())
+            )
         self._factory = ProgramFactory(
             self.spec,
             self.mesh,
@@ -330,6 +342,19 @@ class ModelRunner:
                 self.dtype,
                 ", ".join(self.spec.not_kept),
             )
+
+    @property
+    def exchanges(self) -> dict[str, str]:
+        """The expert exchange of each forward program, by the program's name."""
+        k, width = self.model.num_experts_per_token, self.model.hidden_size
+        if not self.model.num_experts or self.layout.num_devices == 1:
+            return {}
+        return {
+            str(shape): self.comm.exchange_for(
+                shape.decode_rows + shape.prefill_rows, k, width, self.dtype.itemsize
+            )
+            for shape in self.buckets.shapes()
+        }
 
     def _zeros(
         self, shape: Sequence[int], dtype: Any, spec: PartitionSpec | None = None
