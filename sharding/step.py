@@ -174,12 +174,18 @@ class ModelSpec:
 
     def device_bytes(self) -> int:
         """Bytes of weights on each device (shares are equal by padding)."""
-        return sum(
-            p.dtype.itemsize
-            * math.prod(
-                dim // self._num_parts(axes) for dim, axes in zip(p.shape, p.spec, strict=True)
-            )
-            for p in self.params
+        return sum(self._share(p.shape, p.spec) * p.dtype.itemsize for p in self.params)
+
+    def page_bytes(self, page_size: int, kv_dtype: jnp.dtype) -> int:
+        """Bytes of one page of the KV pool, all layers, on each device of its slice."""
+        return self._share(self.pool_shape(1, page_size)[1:], self.pool_spec[1:]) * (
+            jnp.dtype(kv_dtype).itemsize
+        )
+
+    def _share(self, shape: Sequence[int], spec: Sequence[Any]) -> int:
+        """Numbers of an array that each device holds."""
+        return math.prod(
+            dim // self._num_parts(axes) for dim, axes in zip(shape, spec, strict=True)
         )
 
 

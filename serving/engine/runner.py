@@ -33,7 +33,7 @@ from sharding.comm import MeshComm
 from sharding.layout import Layout
 from sharding.mesh import by_slice, make_mesh
 from sharding.sources import WeightSource
-from sharding.step import ModelSpec
+from sharding.step import ModelSpec, sharded
 
 log = logging.getLogger("meshserve.engine")
 
@@ -41,6 +41,8 @@ CPU_POOL_BYTES = 256 << 20
 """KV pool of an emulated device, which has no memory of its own to measure."""
 MAX_POOL_BYTES = 1 << 40
 """No device holds more; a larger --max-total-tokens is a slip of the finger."""
+RANDOM_PAGES = 64
+"""Pages that `randomise_pool` draws at a time."""
 ACCELERATOR_SLACK_BYTES = 256 << 20
 """Left free beside weights, programs and pool: batches in flight, fragmentation."""
 
@@ -341,9 +343,7 @@ class ModelRunner:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, all layers, on each device of its slice."""
-        sharding = NamedSharding(self.mesh, self.spec.pool_spec)
-        page = sharding.shard_shape(self.spec.pool_shape(1, self.page_size))
-        return int(np.prod(page)) * self.kv_dtype.itemsize
+        return self.spec.page_bytes(self.page_size, self.kv_dtype)
 
     def kv_bytes_per_device(self) -> int:
         """Bytes of the pool that the first device really holds."""
@@ -380,6 +380,23 @@ class ModelRunner:
         )
         return free - temporary - self._factory.step_bytes() - ACCELERATOR_SLACK_BYTES
 
+    def pages_in_memory(self) -> int | None:
+        """Pages that --mem-fraction-static leaves each slice beside the weights and the programs
+        that were compiled, whatever the pool really has; None on CPU, which has no limit."""
+        if self.platform == "cpu":
+            return None
+        limit = min(
+            int(stats["bytes_limit"])
+            for device in self.mesh.local_devices
+            if (stats := device.memory_stats())
+        )
+        programs = [p.run for p in self._programs.forward.values()] + [
+            *self._programs.full.values()
+        ]
+        temporary = max(p.memory_analysis().temp_size_in_bytes for p in programs)
+        used = self.spec.device_bytes() + temporary + self._factory.step_bytes()
+        return (limit - used - ACCELERATOR_SLACK_BYTES) // self.page_bytes
+
     def _make_state(self) -> None:
         """Everything that steps change, empty; and masks that allow all."""
         slices, slots = self.layout.num_slices, self.buckets.slots
@@ -414,9 +431,30 @@ class ModelRunner:
         np.asarray(self._score(hidden, np.zeros((slices, 2 * SCORE_ROWS), np.int32)))
         jax.block_until_ready(self._state)
 
+    def randomise_pool(self, seed: int) -> None:
+        """Random numbers, N(0, 1), into the whole KV pool: for benchmarks, long contexts that
+        nothing had to compute. Slices get the same ones."""
+        fill = functools.partial(_random_pool, dtype=self.kv_dtype)
+        spec = self.spec.pool_spec
+        program = sharded(fill, self.mesh, (spec, PartitionSpec()), spec, donate=(0,))
+        self._kv = program(self._kv, jnp.uint32(seed))
+
     def memory_analysis(self, shape: Shape) -> Any:
         """XLA's account of a forward program's memory (temporaries, aliased bytes)."""
         return self._programs.forward[shape].run.memory_analysis()
+
+
+def _random_pool(kv: jax.Array, seed: jax.Array, *, dtype: Any) -> jax.Array:
+    """A device's pool [1, L, N, ...] filled with N(0, 1), some pages at a time and in place."""
+    block = (*kv.shape[:2], min(RANDOM_PAGES, kv.shape[2]), *kv.shape[3:])
+    key = jax.random.key(seed)
+
+    def fill(i: jax.Array, kv: jax.Array) -> jax.Array:
+        drawn = jax.random.normal(jax.random.fold_in(key, i), block).astype(dtype)
+        first = jnp.minimum(i * block[2], kv.shape[2] - block[2])
+        return jax.lax.dynamic_update_slice_in_dim(kv, drawn, first, axis=2)
+
+    return jax.lax.fori_loop(0, -(-kv.shape[2] // block[2]), fill, kv)
 
 
 def resolve_dtype(name: str, platform: str) -> Any:
