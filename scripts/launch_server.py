@@ -182,6 +182,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Launch:
     if replicas > 1 and args["tp_size"] is None:
         engine = [*engine, "--tp-size", "1"]
     config = parse_engine_args([*engine, *_address(args)])
+    if config.dry_run:
+        raise ConfigError("--dry-run belongs to serve.py: it tells of one worker.")
     if not config.all_devices:
         make_layout(config.tp_size, config.dp_size, config.ep_size)
     shared: dict[str, Any] = {"host": config.host, "port": config.port}

@@ -97,6 +97,8 @@ class ServerConfig:
     cors_allow_origins: tuple[str, ...] = ()
     shutdown_grace_period_secs: float = 10.0
     compilation_cache_dir: str | None = None
+    dry_run: bool = False
+    device_memory_gib: float | None = None
     warnings: tuple[str, ...] = ()
     """What the user should know about how the flags were understood; logged at start."""
 
@@ -159,6 +161,10 @@ class ServerConfig:
             raise ConfigError(
                 f"--shutdown-grace-period-secs must be between 0 and {MAX_GRACE_S}, got "
                 f"{self.shutdown_grace_period_secs}."
+            )
+        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
+            raise ConfigError(
+                f"--device-memory-gib must be positive, got {self.device_memory_gib}."
             )
         self._check_access()
         for name in ("decode_buckets", "extend_buckets"):
@@ -405,6 +411,18 @@ def _add_layout_flags(group: _Group) -> None:
         choices=("auto", "cpu", "cuda", "tpu"),
         help="cpu emulates the devices of the mesh",
     )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the mesh, weights, KV tokens and largest batch of this launch, and whether DP "
+        "attention pays, from config.json alone; for layouts larger than this machine too",
+    )
+    _add(
+        group,
+        "--device-memory-gib",
+        type=float,
+        help="with --dry-run: memory of each device; default: that of the GPUs here",
+    )
 
 
 def _add_batching_flags(group: _Group) -> None:
@@ -621,6 +639,8 @@ def parse_args(argv: list[str]) -> ServerConfig:
         if attn_dp < 1:
             raise ConfigError(f"--attn-dp-size must be positive, got {attn_dp}.")
         args["dp_size"], enable_dpa = attn_dp, attn_dp > 1
+    if args["device_memory_gib"] is not None and not args["dry_run"]:
+        raise ConfigError("--device-memory-gib goes with --dry-run: a launch asks the device.")
     dp_size = args["dp_size"] or 1
     layout_flags = ("model_path", "tp_size", "dp_size", "ep_size")
     all_devices = all(args[name] is None for name in layout_flags)

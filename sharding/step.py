@@ -126,7 +126,7 @@ class ModelSpec:
         if block is None:
             return None
         lead = len(info.shape) - len(block)
-        parts = [self._num_parts(axes) for axes in info.spec]
+        parts = [_num_parts(axes, self.layout) for axes in info.spec]
         fitting = tuple(
             math.gcd(size, n // p) if p > 1 else size
             for size, n, p in zip(block, info.shape[lead:], parts[lead:], strict=True)
@@ -146,11 +146,6 @@ class ModelSpec:
             dtype=jnp.dtype(jnp.float32),
             block=fitting,
         )
-
-    def _num_parts(self, axes: str | tuple[str, ...] | None) -> int:
-        """Into how many parts a dimension with this entry of a PartitionSpec is cut."""
-        # A PartitionSpec stores a tuple of one axis as the bare name.
-        return self.layout.size((axes,) if isinstance(axes, str) else axes or ())
 
     def merge(self, weights: Sequence[jax.Array]) -> Transformer:
         """The module around these arrays (whole or local shards), in the order of `params`."""
@@ -174,13 +169,29 @@ class ModelSpec:
 
     def device_bytes(self) -> int:
         """Bytes of weights on each device (shares are equal by padding)."""
-        return sum(
-            p.dtype.itemsize
-            * math.prod(
-                dim // self._num_parts(axes) for dim, axes in zip(p.shape, p.spec, strict=True)
-            )
-            for p in self.params
-        )
+        return sum(_share(p.shape, p.spec, self.layout) * p.dtype.itemsize for p in self.params)
+
+    def page_bytes(self, page_size: int, kv_dtype: jnp.dtype) -> int:
+        """Bytes of one page of the KV pool, all layers, on each device of its slice."""
+        return page_bytes(self.config, self.layout, page_size, kv_dtype)
+
+
+def page_bytes(config: ModelConfig, layout: Layout, page_size: int, kv_dtype: jnp.dtype) -> int:
+    """Bytes of one page of a layout's KV pool, all layers, on each device of its slice."""
+    shape, axes = kv_entry(config, padded_sizes(config, layout))
+    numbers = config.num_layers * page_size * _share(shape, param_spec(axes, layout), layout)
+    return numbers * jnp.dtype(kv_dtype).itemsize
+
+
+def _share(shape: Sequence[int], spec: Sequence[Any], layout: Layout) -> int:
+    """Numbers of an array that each device holds."""
+    return math.prod(dim // _num_parts(axes, layout) for dim, axes in zip(shape, spec, strict=True))
+
+
+def _num_parts(axes: str | tuple[str, ...] | None, layout: Layout) -> int:
+    """Into how many parts a dimension with this entry of a PartitionSpec is cut."""
+    # A PartitionSpec stores a tuple of one axis as the bare name.
+    return layout.size((axes,) if isinstance(axes, str) else axes or ())
 
 
 def _selected(

@@ -15,6 +15,8 @@ from jax import monitoring
 
 from serving.config import ConfigError, ServerConfig
 from serving.engine.buckets import Buckets
+from serving.engine.estimate import describe as describe_estimate
+from serving.engine.estimate import estimate
 from serving.engine.runner import LaunchedStep, ModelRunner
 from serving.grammar import GrammarSet, make_grammar_set
 from serving.request import Request
@@ -28,7 +30,7 @@ from serving.scheduler.scheduler import (
     TokenOutcome,
 )
 from sharding.layout import Layout, LayoutError, make_layout
-from sharding.sources import open_source
+from sharding.sources import WeightSource, open_source
 
 log = logging.getLogger("meshserve.engine")
 
@@ -374,9 +376,26 @@ def make_engine(config: ServerConfig) -> Engine:
             model.num_kv_heads,
         )
     grammars = make_grammar_set(config, model.vocab_size)
+    if log.isEnabledFor(logging.INFO):
+        _log_estimate(config, source, layout)
     runner = ModelRunner(config, source, layout)
     scheduler = Scheduler(scheduler_config(config, runner))
     return Engine(runner, scheduler, grammars, overlap=not config.disable_overlap_schedule)
+
+
+def _log_estimate(config: ServerConfig, source: WeightSource, layout: Layout) -> None:
+    """What is about to be loaded, before it is."""
+    device = jax.devices()[0]
+    stats = device.memory_stats()
+    found = estimate(
+        config,
+        source,
+        layout,
+        platform=device.platform,
+        memory=int(stats["bytes_limit"]) if stats else None,
+    )
+    for line in describe_estimate(found, config.model_name):
+        log.info(line)
 
 
 def scheduler_config(config: ServerConfig, runner: ModelRunner) -> SchedulerConfig:

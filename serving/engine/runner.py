@@ -20,11 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from model.config import ModelConfig
 from model.quantization import FP8
 from serving.config import ConfigError, ServerConfig
 from serving.engine.batch_builder import BatchBuilder
 from serving.engine.buckets import Shape, make_buckets
 from serving.engine.implementations import choose_kernels
+from serving.engine.memory import (
+    CPU_POOL_BYTES,
+    MAX_POOL_BYTES,
+    pages_for,
+    pages_in,
+    pool_bytes,
+)
 from serving.engine.outputs import no_tokens, read_scores, read_tokens
 from serving.engine.programs import SCORE_ROWS, ForwardProgram, ProgramFactory
 from serving.engine.sampling_state import SamplingState, no_piece, pieces
@@ -33,16 +41,12 @@ from sharding.comm import MeshComm
 from sharding.layout import Layout
 from sharding.mesh import by_slice, make_mesh
 from sharding.sources import WeightSource
-from sharding.step import ModelSpec
+from sharding.step import ModelSpec, sharded
 
 log = logging.getLogger("meshserve.engine")
 
-CPU_POOL_BYTES = 256 << 20
-"""KV pool of an emulated device, which has no memory of its own to measure."""
-MAX_POOL_BYTES = 1 << 40
-"""No device holds more; a larger --max-total-tokens is a slip of the finger."""
-ACCELERATOR_SLACK_BYTES = 256 << 20
-"""Left free beside weights, programs and pool: batches in flight, fragmentation."""
+RANDOM_PAGES = 64
+"""Pages that `randomise_pool` draws at a time."""
 
 
 class ScoredChunk(NamedTuple):
@@ -181,17 +185,7 @@ class ModelRunner:
         self.load_seconds = time.perf_counter() - started
         log.info("weights on the devices after %.1f s", self.load_seconds)
 
-        context = config.context_length or model.max_position_embeddings
-        if context > model.max_position_embeddings:
-            raise ConfigError(
-                f"--context-length {context} is longer than the model's "
-                f"{model.max_position_embeddings}."
-            )
-        if model.sliding_window is not None and context > model.sliding_window:
-            raise ConfigError(
-                f"Sliding-window attention is not supported; this model is exact up to its window: "
-                f"--context-length {model.sliding_window} serves it, {context} does not."
-            )
+        context = longest_context(config, model)
         self.buckets = make_buckets(
             config, platform=self.platform, num_slices=layout.num_slices, max_context=context
         )
@@ -366,9 +360,7 @@ class ModelRunner:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, all layers, on each device of its slice."""
-        sharding = NamedSharding(self.mesh, self.spec.pool_spec)
-        page = sharding.shard_shape(self.spec.pool_shape(1, self.page_size))
-        return int(np.prod(page)) * self.kv_dtype.itemsize
+        return self.spec.page_bytes(self.page_size, self.kv_dtype)
 
     def kv_bytes_per_device(self) -> int:
         """Bytes of the pool that the first device really holds."""
@@ -377,7 +369,7 @@ class ModelRunner:
     def _size_pool(self, context: int) -> int:
         """Pages of each slice's pool: the flag, or what the device's memory allows."""
         if self.config.max_total_tokens is not None:
-            pages = -(-self.config.max_total_tokens // self.page_size) + 1
+            pages = pages_for(self.config.max_total_tokens, self.page_size)
             if pages * self.page_bytes > MAX_POOL_BYTES or pages >= 1 << 31:
                 raise ConfigError(
                     f"--max-total-tokens {self.config.max_total_tokens} would take "
@@ -385,7 +377,7 @@ class ModelRunner:
                 )
             return pages
         budget = CPU_POOL_BYTES if self.platform == "cpu" else self._free_bytes(context)
-        pages = budget // self.page_bytes
+        pages = pages_in(budget, self.page_bytes)
         if pages < 2:
             raise ConfigError(
                 f"No memory is left for a KV pool: {budget >> 20} MiB a device after weights "
@@ -398,12 +390,32 @@ class ModelRunner:
     def _free_bytes(self, context: int) -> int:
         """Memory left on the fullest device, less what steps need beside weights and pool."""
         temporary = self._factory.most_temporary_bytes(-(-context // self.page_size))
-        free = min(
-            int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+        working = temporary + self._factory.step_bytes()
+        return min(
+            pool_bytes(
+                int(stats["bytes_limit"]), weights=int(stats["bytes_in_use"]), working=working
+            )
             for device in self.mesh.local_devices
             if (stats := device.memory_stats())
         )
-        return free - temporary - self._factory.step_bytes() - ACCELERATOR_SLACK_BYTES
+
+    def pages_in_memory(self) -> int | None:
+        """Pages that --mem-fraction-static leaves each slice beside the weights and the programs
+        that were compiled, whatever the pool really has; None on CPU, which has no limit."""
+        if self.platform == "cpu":
+            return None
+        limit = min(
+            int(stats["bytes_limit"])
+            for device in self.mesh.local_devices
+            if (stats := device.memory_stats())
+        )
+        programs = [p.run for p in self._programs.forward.values()] + [
+            *self._programs.full.values()
+        ]
+        temporary = max(p.memory_analysis().temp_size_in_bytes for p in programs)
+        working = temporary + self._factory.step_bytes()
+        free = pool_bytes(limit, weights=self.spec.device_bytes(), working=working)
+        return pages_in(free, self.page_bytes)
 
     def _make_state(self) -> None:
         """Everything that steps change, empty; and masks that allow all."""
@@ -439,9 +451,50 @@ class ModelRunner:
         np.asarray(self._score(hidden, np.zeros((slices, 2 * SCORE_ROWS), np.int32)))
         jax.block_until_ready(self._state)
 
+    def randomise_pool(self, seed: int) -> None:
+        """Random numbers, N(0, 1), into the whole KV pool: for benchmarks, long contexts that
+        nothing had to compute. Slices get the same ones."""
+        fill = functools.partial(_random_pool, dtype=self.kv_dtype)
+        spec = self.spec.pool_spec
+        program = sharded(fill, self.mesh, (spec, PartitionSpec()), spec, donate=(0,))
+        self._kv = program(self._kv, jnp.uint32(seed))
+
     def memory_analysis(self, shape: Shape) -> Any:
         """XLA's account of a forward program's memory (temporaries, aliased bytes)."""
         return self._programs.forward[shape].run.memory_analysis()
+
+
+def _random_pool(kv: jax.Array, seed: jax.Array, *, dtype: Any) -> jax.Array:
+    """A device's pool [1, L, N, ...] filled with N(0, 1), some pages at a time and in place."""
+    block = (*kv.shape[:2], min(RANDOM_PAGES, kv.shape[2]), *kv.shape[3:])
+    key = jax.random.key(seed)
+
+    def fill(i: jax.Array, kv: jax.Array) -> jax.Array:
+        drawn = jax.random.normal(jax.random.fold_in(key, i), block).astype(dtype)
+        first = jnp.minimum(i * block[2], kv.shape[2] - block[2])
+        return jax.lax.dynamic_update_slice_in_dim(kv, drawn, first, axis=2)
+
+    return jax.lax.fori_loop(0, -(-kv.shape[2] // block[2]), fill, kv)
+
+
+def longest_context(config: ServerConfig, model: ModelConfig) -> int:
+    """Most tokens of one sequence, by the flags and the model.
+
+    Raises:
+        ConfigError: the model cannot serve as many as were asked for.
+    """
+    context = config.context_length or model.max_position_embeddings
+    if context > model.max_position_embeddings:
+        raise ConfigError(
+            f"--context-length {context} is longer than the model's "
+            f"{model.max_position_embeddings}."
+        )
+    if model.sliding_window is not None and context > model.sliding_window:
+        raise ConfigError(
+            f"Sliding-window attention is not supported; this model is exact up to its window: "
+            f"--context-length {model.sliding_window} serves it, {context} does not."
+        )
+    return context
 
 
 def resolve_dtype(name: str, platform: str) -> Any:
