@@ -62,6 +62,32 @@ class Rows(NamedTuple):
     offsets: jax.Array
 
 
+class MicroBatch(NamedTuple):
+    """A range of a step's rows that a layer computes by itself: all of them, or one of two.
+
+    Attributes:
+        rows: of all T rows; decode: of the B decode rows; prefill: of the M prefill rows. Static.
+    """
+
+    rows: slice
+    decode: slice
+    prefill: slice
+
+
+def micro_batches(batch: ForwardBatch, cut: int = 0) -> tuple[MicroBatch, ...]:
+    """The T rows whole, or with a `cut` inside them the rows before it and those from it on."""
+    b, m = batch.num_decode_rows, batch.num_prefill_rows
+    edges = (0, cut, b + m) if 0 < cut < b + m else (0, b + m)
+    return tuple(
+        MicroBatch(
+            rows=slice(first, end),
+            decode=slice(min(first, b), min(end, b)),
+            prefill=slice(max(first - b, 0), max(end - b, 0)),
+        )
+        for first, end in zip(edges[:-1], edges[1:], strict=True)
+    )
+
+
 def derive_rows(batch: ForwardBatch, page_size: int) -> Rows:
     """Positions, validity and cache slots of all rows."""
     row = jnp.arange(batch.num_prefill_rows)
