@@ -7,6 +7,7 @@ unused is padding, which is written to page 0 (a sink) and routed to no expert.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -84,7 +85,7 @@ def micro_batches(batch: ForwardBatch, cut: int = 0) -> tuple[MicroBatch, ...]:
             decode=slice(min(first, b), min(end, b)),
             prefill=slice(max(first - b, 0), max(end - b, 0)),
         )
-        for first, end in zip(edges[:-1], edges[1:], strict=True)
+        for first, end in itertools.pairwise(edges)
     )
 
 

@@ -82,9 +82,7 @@ class MeshModel:
                 *(next(given)[0] if 0 not in s else jnp.zeros(s, jnp.int32) for s in shapes)
             )
             rows = jnp.arange(decode_rows + prefill_rows)
-            logits, kv, counts = self.spec.merge(weights)(
-                kv[0], one, comm, rows, kernels, cut
-            )
+            logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows, kernels, cut)
             return logits[None], kv[None], counts[None]
 
         spec = PartitionSpec(self.layout.attn_dp)
