@@ -7,6 +7,7 @@ unused is padding, which is written to page 0 (a sink) and routed to no expert.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -60,6 +61,32 @@ class Rows(NamedTuple):
     valid: jax.Array
     pages: jax.Array
     offsets: jax.Array
+
+
+class MicroBatch(NamedTuple):
+    """A range of a step's rows that a layer computes by itself: all of them, or one of two.
+
+    Attributes:
+        rows: of all T rows; decode: of the B decode rows; prefill: of the M prefill rows. Static.
+    """
+
+    rows: slice
+    decode: slice
+    prefill: slice
+
+
+def micro_batches(batch: ForwardBatch, cut: int = 0) -> tuple[MicroBatch, ...]:
+    """The T rows whole, or with a `cut` inside them the rows before it and those from it on."""
+    b, m = batch.num_decode_rows, batch.num_prefill_rows
+    edges = (0, cut, b + m) if 0 < cut < b + m else (0, b + m)
+    return tuple(
+        MicroBatch(
+            rows=slice(first, end),
+            decode=slice(min(first, b), min(end, b)),
+            prefill=slice(max(first - b, 0), max(end - b, 0)),
+        )
+        for first, end in itertools.pairwise(edges)
+    )
 
 
 def derive_rows(batch: ForwardBatch, page_size: int) -> Rows:

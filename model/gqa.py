@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.batch import ForwardBatch, Rows
+from model.batch import ForwardBatch, MicroBatch
 from model.comm import Comm, SingleDevice
 from model.config import ModelConfig
 from model.heads import HeadSlots
 from model.layers import ParamFactory, rms_norm
 from model.ops.gqa_attention import decode_attention, extend_attention
-from model.ops.kernels import Kernels
-from model.quantization import saturating_cast
+from model.ops.kernels import XLA, Kernels
 from model.rope import apply_rope
 
 
@@ -41,9 +40,19 @@ class GQAttention(nnx.Module):
         self.config, self.slots = config, slots
 
     def project(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, comm: Comm
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        comm: Comm,
+        kernels: Kernels,
     ) -> tuple[jax.Array, jax.Array]:
-        """[T, D] -> rotated queries [T, N, G, d] and entries [T, 2, N, d] of the N local slots."""
+        """[T, D] -> rotated queries [T, N, G, d] and entries [T, 2, N, d] of the N local slots.
+
+        cos and sin are of the rows; positions and kernels are for `MLAttention`, which has a use
+        for them.
+        """
         q = jnp.einsum("td,dhk->thk", x, self.q_proj[...])
         kv = jnp.einsum("td,dnhk->tnhk", x, self.kv_proj[...])
         if self.config.qkv_bias:
@@ -85,31 +94,30 @@ class GQAttention(nnx.Module):
             (k32 * rms[1]).astype(key.dtype) * self.k_norm[...],
         )
 
-    def __call__(
+    def attend(
         self,
-        x: jax.Array,
+        queries: jax.Array,
+        entries: jax.Array,
         kv: jax.Array,
         layer: jax.Array,
         batch: ForwardBatch,
-        rows: Rows,
-        cos: jax.Array,
-        sin: jax.Array,
+        part: MicroBatch,
         comm: Comm,
         kernels: Kernels,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Write the rows' keys and values into the pool, then attend.
+    ) -> jax.Array:
+        """The n rows of a micro-batch against what their sequences have in the pool.
 
         Args:
-            x: [T, D], normalised.
+            queries: [n, N, G, d], of the micro-batch's rows.
+            entries: [T, 2, N, d], of all rows of the step; read from the pool, which has them.
             kv: [L, pages, S, 2, N, d], this device's pool; layer: i32, this layer's index in it.
             kernels: has nothing for GQA, whose attention is the XLA definition.
 
         Returns:
-            [T, D], complete, and the updated pool.
+            [n, D], complete.
         """
-        q, entries = self.project(x, cos, sin, comm)
-        kv = kv.at[layer, rows.pages, rows.offsets].set(saturating_cast(entries, kv.dtype))
-        scale, b = self.config.attention_scale, batch.num_decode_rows
+        q = queries
+        scale, b = self.config.attention_scale, part.decode.stop - part.decode.start
         parts = []
         if b:
             parts.append(
@@ -117,12 +125,12 @@ class GQAttention(nnx.Module):
                     q[:b],
                     kv,
                     layer,
-                    batch.decode_tables,
-                    batch.decode_positions + 1,
+                    batch.decode_tables[part.decode],
+                    batch.decode_positions[part.decode] + 1,
                     scale=scale,
                 )
             )
-        if batch.num_prefill_rows:
+        if len(q) > b:
             parts.append(
                 extend_attention(
                     q[b:],
@@ -132,18 +140,22 @@ class GQAttention(nnx.Module):
                     batch.chunk_first_row,
                     batch.chunk_rows,
                     batch.chunk_start,
+                    first_row=part.prefill.start,
                     scale=scale,
                 )
             )
-        attended = jnp.concatenate(parts).reshape(x.shape[0], -1, self.config.head_dim)  # [T, H, d]
-        return comm.sum_heads(jnp.einsum("thk,hkd->td", attended, self.out[...])), kv
+        attended = jnp.concatenate(parts).reshape(len(q), -1, self.config.head_dim)  # [n, H, d]
+        return comm.sum_heads(jnp.einsum("thk,hkd->td", attended, self.out[...]))
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """The definition, on whole sequences: [batch, T, D] -> [batch, T, D], causal.
 
         cos and sin are f32 [T, R / 2]. Differentiable; used for training and as a reference.
         """
-        q, entries = jax.vmap(lambda row: self.project(row, cos, sin, SingleDevice()))(x)
+        positions = jnp.arange(x.shape[1])
+        q, entries = jax.vmap(
+            lambda row: self.project(row, cos, sin, positions, SingleDevice(), XLA)
+        )(x)
         scores = jnp.einsum(
             "bqngk,btnk->bngqt", q, entries[:, :, 0], preferred_element_type=jnp.float32
         )

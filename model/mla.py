@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.batch import ForwardBatch, Rows
+from model.batch import ForwardBatch, MicroBatch
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
 from model.ops.dense import matmul
 from model.ops.kernels import XLA, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
-from model.quantization import saturating_cast
 from model.rope import apply_rope, query_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -77,32 +76,44 @@ class MLAttention(nnx.Module):
         rope = apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
         return jnp.concatenate([latent, rope], axis=-1)
 
-    def __call__(
+    def project(
         self,
         x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        comm: Comm,
+        kernels: Kernels,
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """Normalised rows [n, D] to their queries, as `attend` takes them, and entries [n, C + R].
+
+        positions i32 [n]; cos and sin are theirs.
+        """
+        return self.queries(x, cos, sin, positions, kernels), self.latents(x, cos, sin, kernels)
+
+    def attend(
+        self,
+        queries: tuple[jax.Array, jax.Array],
+        entries: jax.Array,
         kv: jax.Array,
         layer: jax.Array,
         batch: ForwardBatch,
-        rows: Rows,
-        cos: jax.Array,
-        sin: jax.Array,
+        part: MicroBatch,
         comm: Comm,
         kernels: Kernels,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Write the rows' latents into the pool, then attend.
+    ) -> jax.Array:
+        """The n rows of a micro-batch against what their sequences have in the pool.
 
         Args:
-            x: [T, D], normalised.
+            queries: of the micro-batch's rows, from `project`.
+            entries: [T, C + R], of all rows of the step, as the pool has them already.
             kv: [L, N, S, C + R], this slice's pool; layer: i32, this layer's index in it.
 
         Returns:
-            [T, D], complete, and the updated pool.
+            [n, D], complete.
         """
-        latents = self.latents(x, cos, sin, kernels)
-        entries = saturating_cast(latents, kv.dtype)
-        kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
-        q_nope, q_rope = self.queries(x, cos, sin, rows.positions, kernels)
-        scale, b = self.config.attention_scale, batch.num_decode_rows
+        q_nope, q_rope = queries
+        scale, b = self.config.attention_scale, part.decode.stop - part.decode.start
         parts = []
         if b:
             parts.append(
@@ -113,32 +124,33 @@ class MLAttention(nnx.Module):
                     self.w_uv.get_value(),
                     kv,
                     layer,
-                    batch.decode_tables,
-                    batch.decode_positions + 1,
+                    batch.decode_tables[part.decode],
+                    batch.decode_positions[part.decode] + 1,
                     scale=scale,
                     kernels=kernels,
                 )
             )
-        if batch.num_prefill_rows:
+        if len(q_nope) > b:
             parts.append(
                 extend_attention(
                     q_nope[b:],
                     q_rope[b:],
                     self.w_uk[...],
                     self.w_uv[...],
-                    entries[b:].astype(x.dtype),
+                    entries[batch.num_decode_rows :].astype(q_nope.dtype),
                     kv,
                     layer,
                     batch.chunk_tables,
                     batch.chunk_first_row,
                     batch.chunk_rows,
                     batch.chunk_start,
+                    first_row=part.prefill.start,
                     scale=scale,
                     kernels=kernels,
                 )
             )
-        attended = jnp.concatenate(parts)  # [T, H, V]
-        return comm.sum_heads(matmul(attended, self.out.get_value(), 2, kernels)), kv
+        attended = jnp.concatenate(parts)  # [n, H, V]
+        return comm.sum_heads(matmul(attended, self.out.get_value(), 2, kernels))
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """The definition, on whole sequences: [batch, T, D] -> [batch, T, D], causal.

@@ -7,6 +7,7 @@ whole and are indexed inside (scanning them would copy them).
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.batch import ForwardBatch, Rows, derive_rows, sampled_rows
+from model.batch import ForwardBatch, Rows, derive_rows, micro_batches, sampled_rows
 from model.comm import Comm
 from model.config import LayerKind, ModelConfig
 from model.gqa import GQAttention
@@ -25,7 +26,7 @@ from model.mla import MLAttention
 from model.moe import Experts, MoE
 from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
-from model.quantization import BlockFP8
+from model.quantization import BlockFP8, saturating_cast
 from model.rope import rope_tables
 
 
@@ -152,7 +153,12 @@ class Transformer(nnx.Module):
         return head.logits(x, comm)[:, : self.config.vocab_size]
 
     def hidden(
-        self, kv: jax.Array, batch: ForwardBatch, comm: Comm, kernels: Kernels = XLA
+        self,
+        kv: jax.Array,
+        batch: ForwardBatch,
+        comm: Comm,
+        kernels: Kernels = XLA,
+        cut: int = 0,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """All layers of one step of one dp slice, before the final norm.
 
@@ -161,6 +167,9 @@ class Transformer(nnx.Module):
             batch: its rows.
             comm: how this device meets the others.
             kernels: which implementation each operation has.
+            cut: two-batch overlap: MoE layers compute the rows before this one and those from it
+                on as two micro-batches, so that one's exchange can run beside the other's
+                computing. 0: all rows together. The results are the same.
 
         Returns:
             hidden rows [T, D], the updated pool, and i32 [MoE layers, E]: tokens per expert.
@@ -171,7 +180,7 @@ class Transformer(nnx.Module):
         counts, first_layer = [jnp.zeros((0, self.config.num_experts), jnp.int32)], 0
         for segment in self.segments:
             x, kv, segment_counts = _run_segment(
-                segment, first_layer, x, kv, batch, rows, cos, sin, comm, kernels
+                segment, first_layer, x, kv, batch, rows, cos, sin, comm, kernels, cut
             )
             first_layer += segment.num_layers
             if segment.kind == "moe":
@@ -185,12 +194,13 @@ class Transformer(nnx.Module):
         comm: Comm,
         logit_rows: jax.Array | None = None,
         kernels: Kernels = XLA,
+        cut: int = 0,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`hidden` and the logits, f32 [R, V] in place of hidden rows.
 
         `logit_rows`, i32 [R], are the rows whose logits are wanted; default `sampled_rows(batch)`.
         """
-        x, kv, counts = self.hidden(kv, batch, comm, kernels)
+        x, kv, counts = self.hidden(kv, batch, comm, kernels, cut)
         x = x[sampled_rows(batch) if logit_rows is None else logit_rows]
         return self.logits(x, comm), kv, counts
 
@@ -215,45 +225,68 @@ def _run_segment(
     sin: jax.Array,
     comm: Comm,
     kernels: Kernels,
+    cut: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Run the layers of a segment; also i32 [layers, E or 0], tokens per expert."""
+    # A dense layer has no exchange that anything could overlap.
+    parts = micro_batches(batch, cut if segment.kind == "moe" else 0)
     graph, stacked = nnx.split(segment.layers)
     eps, scale = segment.layers.config.rms_norm_eps, segment.layers.config.residual_scale
 
     def one_layer(
-        carry: tuple[jax.Array, jax.Array], scanned: tuple[nnx.State, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        x, kv = carry
+        carry: tuple[tuple[jax.Array, ...], jax.Array], scanned: tuple[nnx.State, jax.Array]
+    ) -> tuple[tuple[tuple[jax.Array, ...], jax.Array], jax.Array]:
+        xs, kv = carry  # [n, D] of each micro-batch
         weights, index = scanned
         if in_stacks:
             weights = jax.tree.map(
                 lambda stack: StackedWeight(stack=stack, layer=index), stacked, is_leaf=_is_weight
             )
         layer: DecoderLayer = nnx.merge(graph, weights)
-        normed = rms_norm(x, layer.attention_norm[...], eps)
-        attended, kv = layer.attention(
-            normed, kv, first_layer + index, batch, rows, cos, sin, comm, kernels
-        )
-        x = x + _scaled(attended, scale)
-        normed = rms_norm(x, layer.mlp_norm[...], eps)
-        if segment.kind == "dense":
-            y, counts = comm.sum_heads(layer.mlp(normed, kernels)), jnp.zeros(0, jnp.int32)
-        else:
-            y, counts = layer.moe(normed, rows.valid, segment.experts, index, comm, kernels)
-        return (x + _scaled(y, scale), kv), counts
+        projected = []
+        for x, part in zip(xs, parts, strict=True):
+            normed = rms_norm(x, layer.attention_norm[...], eps)
+            of_rows = (a[part.rows] for a in (cos, sin, rows.positions))
+            projected.append(layer.attention.project(normed, *of_rows, comm, kernels))
+        # All micro-batches are written before any attends. A later one's chunk may go on where an
+        # earlier one's ends; and were the pool read between two writes, XLA would copy it.
+        entries = saturating_cast(jnp.concatenate([e for _, e in projected]), kv.dtype)
+        kv = kv.at[first_layer + index, rows.pages, rows.offsets].set(entries)
+        attended = [
+            x
+            + _scaled(
+                layer.attention.attend(
+                    queries, entries, kv, first_layer + index, batch, part, comm, kernels
+                ),
+                scale,
+            )
+            for x, (queries, _), part in zip(xs, projected, parts, strict=True)
+        ]
+        done, all_counts = [], []
+        for x, part in zip(attended, parts, strict=True):
+            normed = rms_norm(x, layer.mlp_norm[...], eps)
+            if segment.kind == "dense":
+                y, counts = comm.sum_heads(layer.mlp(normed, kernels)), jnp.zeros(0, jnp.int32)
+            else:
+                valid = rows.valid[part.rows]
+                y, counts = layer.moe(normed, valid, segment.experts, index, comm, kernels)
+            done.append(x + _scaled(y, scale))
+            all_counts.append(counts)
+        return (tuple(done), kv), functools.reduce(operator.add, all_counts)
 
     # Kernels take a layer out of the stack themselves; what is scanned gets copied.
     in_stacks = kernels.dense == "pallas"
     scanned = nnx.State({}) if in_stacks else stacked
     indices = jnp.arange(segment.num_layers, dtype=jnp.int32)
+    carry = (tuple(x[part.rows] for part in parts), kv)
     if kernels.unroll < segment.num_layers:
-        (x, kv), counts = jax.lax.scan(
-            one_layer, (x, kv), (scanned, indices), unroll=kernels.unroll
-        )
-        return x, kv, counts
-    all_counts = []
-    for i in range(segment.num_layers):
-        of_layer = jax.tree.map(operator.itemgetter(i), (scanned, indices))
-        (x, kv), counts = one_layer((x, kv), of_layer)
-        all_counts.append(counts)
-    return x, kv, jnp.stack(all_counts)
+        carry, counts = jax.lax.scan(one_layer, carry, (scanned, indices), unroll=kernels.unroll)
+    else:
+        all_counts = []
+        for i in range(segment.num_layers):
+            of_layer = jax.tree.map(operator.itemgetter(i), (scanned, indices))
+            carry, of_one = one_layer(carry, of_layer)
+            all_counts.append(of_one)
+        counts = jnp.stack(all_counts)
+    xs, kv = carry
+    return jnp.concatenate(xs), kv, counts

@@ -2,8 +2,9 @@
 
 Plans go straight to the runner, without scheduler or HTTP. Contexts are filled by real prefill of
 random tokens, dummy weights route evenly, and the benchmark counts how many experts a batch
-touches. With --profile it adds kernels per step, the device's idle share and the top kernels, read
-from a trace of jax.profiler. Every flag of scripts/serve.py that concerns the engine may be added.
+touches. With --profile it adds kernels per step, the device's idle share, the time in collectives
+and how much of it nothing else hides, and the top kernels, read from a trace of jax.profiler. Every
+flag of scripts/serve.py that concerns the engine may be added.
 For example:
 
   python scripts/bench_step.py --shape deepseek-v2-lite --device cuda --profile
@@ -46,6 +47,7 @@ DECODES = "1x1024,8x1024,32x1024,64x1024,128x1024,256x1024,64x4096,128x4096"
 PREFILLS = "16x2048,4x8000,1x2048"
 BANDWIDTH, FLOPS = 3.0e12, 989e12
 """Of an H100: measured copy, counting bytes read and written; bf16 matrix products by its sheet."""
+COLLECTIVE = re.compile("nccl", re.IGNORECASE)
 
 
 # ---- the floors ----------------------------------------------------------------------------------
@@ -199,8 +201,32 @@ def device_events(folder: str) -> list[tuple[str, float, float]]:
     return sorted(events, key=lambda event: event[1])
 
 
+def collective_time(events: Sequence[tuple[str, float, float]]) -> tuple[float, float]:
+    """ns in collectives (NCCL's kernels), and of these the ns in which no other kernel runs.
+
+    Args:
+        events: (kernel, start, end) in ns of one device, by start. Waiting for other devices is
+            part of a collective; several at once count once.
+    """
+    # Sweep over starts and ends: how many collectives and how many other kernels run in between.
+    edges = []
+    for name, start, end in events:
+        kind = "collective" if COLLECTIVE.match(name) else "other"
+        edges += [(start, 1, kind), (end, -1, kind)]
+    running = {"collective": 0, "other": 0}
+    total = exposed = at = 0.0
+    for time_ns, change, kind in sorted(edges, key=lambda edge: edge[0]):
+        if running["collective"]:
+            total += time_ns - at
+            exposed += 0.0 if running["other"] else time_ns - at
+        running[kind] += change
+        at = time_ns
+    return total, exposed
+
+
 def profile(runner: ModelRunner, plans: Sequence[StepPlan], top: int) -> dict[str, Any]:
-    """Kernels a step, busy ms, idle share, and the kernels that took most; empty without a GPU."""
+    """Kernels a step, busy ms, idle share, time in collectives and how much of it is hidden, and
+    the kernels that took most; empty without a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run(runner, plans)
@@ -218,10 +244,19 @@ def profile(runner: ModelRunner, plans: Sequence[StepPlan], top: int) -> dict[st
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     span = end - events[0][1]
+    collective, exposed = collective_time(events)
+    collectives = {}
+    if collective:
+        collectives = {
+            "collective ms": collective / n / 1e6,
+            "exposed ms": exposed / n / 1e6,
+            "hidden %": 100 * (1 - exposed / collective),
+        }
     return {
         "kernels/step": len(events) / n,
         "busy ms": busy / n / 1e6,
         "idle %": 100 * (1 - busy / span),
+        **collectives,
         "top": [
             f"{ns / n / 1e6:8.3f} ms {count[name] / n:7.1f} x {name[:90]}"
             for name, ns in by_name.most_common(top)

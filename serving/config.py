@@ -61,6 +61,10 @@ class ServerConfig:
     """Use every device there is (8 emulated ones on CPU), with DPA and EP as wide as they go."""
     moe_a2a_backend: str = "auto"
     moe_dispatch_dtype: str = "auto"
+    enable_two_batch_overlap: bool = False
+    tbo_token_distribution_threshold: float = 0.48
+    tbo_min_prefill_tokens: int = 1024
+    tbo_min_decode_rows: int | None = None
     moe_runner_backend: str = "auto"
     attention_backend: str = "auto"
     layer_unroll: int | None = None
@@ -132,6 +136,8 @@ class ServerConfig:
             "max_queued_requests",
             "decode_log_interval",
             "layer_unroll",
+            "tbo_min_prefill_tokens",
+            "tbo_min_decode_rows",
             "prefill_delayer_max_delay_passes",
         ):
             value = getattr(self, name)
@@ -166,6 +172,7 @@ class ServerConfig:
             raise ConfigError(
                 f"--device-memory-gib must be positive, got {self.device_memory_gib}."
             )
+        self._check_overlap()
         self._check_access()
         for name in ("decode_buckets", "extend_buckets"):
             value = getattr(self, name)
@@ -177,6 +184,26 @@ class ServerConfig:
             raise ConfigError(
                 "--served-model-name cannot contain a colon (':') character, got "
                 f"'{self.model_name}'."
+            )
+
+    def _check_overlap(self) -> None:
+        if not 0 <= self.tbo_token_distribution_threshold <= 0.5:
+            raise ConfigError(
+                "--tbo-token-distribution-threshold must be between 0 and 0.5, got "
+                f"{self.tbo_token_distribution_threshold}."
+            )
+        if not self.enable_two_batch_overlap:
+            return
+        if self.enable_deterministic_inference:
+            raise ConfigError(
+                "--enable-two-batch-overlap does not go with --enable-deterministic-inference: "
+                "where a request's rows are cut depends on what else runs."
+            )
+        if not self.all_devices and self.dp_size == 1 and self.moe_a2a_backend != "all_to_all":
+            raise ConfigError(
+                "--enable-two-batch-overlap has nothing to overlap here: it hides the exchange of "
+                "tokens with the experts, so it needs DP attention (--dp-size > 1 with "
+                "--enable-dp-attention) or --moe-a2a-backend all_to_all with --ep > 1."
             )
 
     def _check_access(self) -> None:
@@ -384,6 +411,33 @@ def _add_layout_flags(group: _Group) -> None:
         action="store_true",
         help="accepted and always on with DP attention: the vocabulary is cut inside an attention "
         "group only",
+    )
+    _add(
+        group,
+        "--enable-two-batch-overlap",
+        action="store_true",
+        help="compute the rows of a slice as two micro-batches where that is faster, so that one's "
+        "exchange with the experts runs beside the other's computing",
+    )
+    _add(
+        group,
+        "--tbo-token-distribution-threshold",
+        type=float,
+        help="two-batch overlap cuts between two prompts if the smaller side then has at least "
+        "this share of the slice's tokens, else inside a prompt, in the middle; 0: inside a prompt "
+        "only where a micro-batch has no room for it",
+    )
+    _add(
+        group,
+        "--tbo-min-prefill-tokens",
+        type=int,
+        help="two-batch overlap is for prefill programs of at least so many tokens a slice",
+    )
+    _add(
+        group,
+        "--tbo-min-decode-rows",
+        type=int,
+        help="and for decode programs of at least so many rows a slice; default: for none",
     )
     _add(
         group,

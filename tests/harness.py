@@ -58,6 +58,7 @@ class MeshModel:
         deterministic: bool = False,
         fp8_dispatch: bool = False,
         kernels: Kernels = XLA,
+        cut: int = 0,
     ) -> None:
         source = open_source(folder, keep_fp8=keep_fp8)
         self.config = source.config
@@ -84,7 +85,7 @@ class MeshModel:
                 *(next(given)[0] if 0 not in s else jnp.zeros(s, jnp.int32) for s in shapes)
             )
             rows = jnp.arange(decode_rows + prefill_rows)
-            logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows, kernels)
+            logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows, kernels, cut)
             return logits[None], kv[None], counts[None]
 
         spec = PartitionSpec(self.layout.attn_dp)

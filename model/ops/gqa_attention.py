@@ -63,17 +63,18 @@ def extend_attention(
     chunk_rows: jax.Array,
     chunk_start: jax.Array,
     *,
+    first_row: int = 0,
     scale: float,
 ) -> jax.Array:
-    """Every prefill row against its own sequence, see `paged_extend`.
+    """Prefill rows against their own sequences, see `paged_extend`.
 
     Args:
-        q: [M, N, G, head_dim], rotated.
+        q: [m, N, G, head_dim], rotated.
         kv: [L, N pages, S, 2, N, head_dim]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
 
     Returns:
-        [M, N, G, head_dim]; 0 for padding rows.
+        [m, N, G, head_dim]; 0 for padding rows.
     """
     return paged_extend(
         q,
@@ -82,6 +83,7 @@ def extend_attention(
         chunk_first_row,
         chunk_rows,
         chunk_start,
+        first_row=first_row,
         page_size=kv.shape[2],
         value_dim=q.shape[-1],
         scale=scale,

@@ -80,26 +80,30 @@ def paged_extend(
     chunk_rows: jax.Array,
     chunk_start: jax.Array,
     *,
+    first_row: int = 0,
     page_size: int,
     value_dim: int,
     scale: float,
 ) -> jax.Array:
-    """Every prefill row against its own sequence: the cached prefix and the chunk up to itself.
+    """Prefill rows against their own sequences: the cached prefix and the chunk up to the row.
 
-    The chunk's own entries must be in the cache already. Each block of a sequence is read once
+    The chunks' own entries must be in the cache already. Each block of a sequence is read once
     and met by all of the chunk's rows.
 
     Args:
-        q: [M, N, G, K], G query heads for each of N key/value heads.
+        q: [m, N, G, K], G query heads for each of N key/value heads.
         read: keys and values of one sequence's pages i32 [pages].
         tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
+        first_row: which prefill row the first query is; chunks may begin before it or end behind
+            the last query.
         scale: softmax scale.
 
     Returns:
-        [M, N, G, V]; 0 for padding rows.
+        [m, N, G, V]; 0 for padding rows.
     """
     m = q.shape[0]
+    chunk_first_row = chunk_first_row - first_row  # counted in queries: may be negative, or beyond
     tables, pages = _blocked_tables(tables, page_size)
     block = pages * page_size
     rows = min(BLOCK_ROWS, m)
@@ -108,6 +112,7 @@ def paged_extend(
     def one_chunk(s: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         first, start = chunk_first_row[s], chunk_start[s]
         end = first + chunk_rows[s]
+        last = jnp.minimum(end, m)
 
         def one_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             ids = lax.dynamic_slice_in_dim(tables[s], i * pages, pages)
@@ -142,10 +147,12 @@ def paged_extend(
                 )
 
             # Rows before this block's first key see nothing of it.
-            first_seeing = first + jnp.maximum(i * block - start, 0)
-            return lax.fori_loop(first_seeing // rows, -(-end // rows), one_row_block, carry)
+            first_seeing = jnp.maximum(first + jnp.maximum(i * block - start, 0), 0)
+            return lax.fori_loop(first_seeing // rows, -(-last // rows), one_row_block, carry)
 
-        return lax.fori_loop(0, -(-(start + chunk_rows[s]) // block), one_block, carry)
+        context = start + last - first  # what the chunk's last query sees
+        blocks = jnp.where(last > jnp.maximum(first, 0), -(-context // block), 0)
+        return lax.fori_loop(0, blocks, one_block, carry)
 
     used = jnp.sum(chunk_rows > 0)
     carry = lax.fori_loop(0, used, one_chunk, _nothing_seen(q.shape[:3], value_dim))

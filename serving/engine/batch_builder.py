@@ -56,11 +56,14 @@ class Packing:
     Attributes:
         table_width: P, pages of the longest sequence.
         num_slots: request slots of a slice; slot number `num_slots` means "none".
+        threshold: the least share of a slice's tokens that a micro-batch may have if no chunk is
+            cut for it (--tbo-token-distribution-threshold).
     """
 
     shape: Shape
     table_width: int
     num_slots: int
+    threshold: float = 0.0
 
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every part of a row, in order."""
@@ -87,6 +90,24 @@ class Packing:
     def width(self) -> int:
         """int32 numbers in a row."""
         return sum(math.prod(shape) for shape in self.fields().values())
+
+    def first_prefill_row(self, plan: SlicePlan) -> int:
+        """Where a slice's first chunk stands, the others behind it.
+
+        That is row 0, but for two-batch overlap: the program cuts at a fixed row, so the chunks are
+        moved until it meets them where they should be cut.
+        """
+        if not self.shape.cut or not plan.prefill:
+            return 0
+        room = self.shape.cut - self.shape.decode_rows
+        tokens = cut_tokens(
+            [len(chunk.tokens) for chunk in plan.prefill],
+            beside=len(plan.decode),
+            first_room=room,
+            second_room=self.shape.prefill_rows - room,
+            threshold=self.threshold,
+        )
+        return room - tokens
 
     def views(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Named views [D, ...] into the rows of all slices, i32 [D, width] (host side)."""
@@ -136,6 +157,33 @@ class Packing:
         parts["decode_positions"][:] = -1
         parts["chunk_first_row"][:] = self.shape.prefill_rows
         return rows
+
+
+def cut_tokens(
+    sizes: Sequence[int], *, beside: int, first_room: int, second_room: int, threshold: float
+) -> int:
+    """How many prompt tokens of a slice two-batch overlap gives to the first micro-batch.
+
+    Between two chunks, where the two halves' tokens are most equal, if the smaller half then has at
+    least `threshold` of all tokens; else in the middle of all tokens, inside a chunk. A chunk is
+    also cut where no place between two chunks leaves each half no more than it has room for.
+
+    Args:
+        sizes: tokens of each chunk, in order.
+        beside: decode rows, all of them in the first half.
+        first_room, second_room: prefill rows that the halves have; enough for all tokens.
+    """
+    tokens = sum(sizes)
+    least, most = max(0, tokens - second_room), min(tokens, first_room)
+
+    def smaller(first: int) -> int:
+        return min(beside + first, tokens - first)
+
+    between = [at for at in itertools.accumulate(sizes, initial=0) if least <= at <= most]
+    best = max(between, key=smaller, default=None)
+    if best is not None and smaller(best) >= threshold * (beside + tokens):
+        return best
+    return min(max((tokens - beside) // 2, least), most)
 
 
 def sampling_batch(numbers: jax.Array) -> SamplingBatch:
@@ -219,7 +267,7 @@ class BatchBuilder:
                 plain &= self._fill_decode(s, slice_plan.decode, parts)
                 samples = True
             if slice_plan.prefill:
-                sampled = self._fill_prefill(s, slice_plan, parts, packing.shape.decode_rows)
+                sampled = self._fill_prefill(s, slice_plan, parts, packing)
                 samples |= bool(sampled)
                 plain &= all(chunk.sampling.plain for chunk in sampled)
             self._fill_tables(s, slice_plan.decode, parts["decode_tables"][s])
@@ -244,23 +292,23 @@ class BatchBuilder:
         return bool(self._plain[s, at].all())
 
     def _fill_prefill(
-        self, s: int, plan: SlicePlan, parts: dict[str, np.ndarray], decode_rows: int
+        self, s: int, plan: SlicePlan, parts: dict[str, np.ndarray], packing: Packing
     ) -> list[PrefillChunk]:
         """Write a slice's chunks; those that sample."""
         chunks, n = plan.prefill, len(plan.prefill)
         slots = [chunk.slot for chunk in chunks]
         self._refresh(s, slots, [c.pages for c in chunks], [c.sampling for c in chunks])
         sizes = np.array([len(chunk.tokens) for chunk in chunks])
-        total = int(sizes.sum())
-        parts["prefill_tokens"][s, :total] = np.fromiter(
+        total, first = int(sizes.sum()), packing.first_prefill_row(plan)
+        parts["prefill_tokens"][s, first : first + total] = np.fromiter(
             itertools.chain.from_iterable(chunk.tokens for chunk in chunks), np.int32, total
         )
-        parts["chunk_first_row"][s, :n] = np.cumsum(sizes) - sizes
+        parts["chunk_first_row"][s, :n] = first + np.cumsum(sizes) - sizes
         parts["chunk_rows"][s, :n] = sizes
         parts["chunk_start"][s, :n] = [chunk.start for chunk in chunks]
         sampled = [i for i, chunk in enumerate(chunks) if chunk.samples]
         if sampled:
-            at = [decode_rows + i for i in sampled]
+            at = [packing.shape.decode_rows + i for i in sampled]
             numbers = self._numbers[s, [slots[i] for i in sampled]]
             numbers[:, Column.POSITION] = [chunks[i].start + sizes[i] for i in sampled]
             parts["sampling"][s, at] = numbers

@@ -19,6 +19,8 @@ DETERMINISTIC_DECODE = {"cpu": (32,), "accelerator": (256,)}
 DETERMINISTIC_EXTEND = {"cpu": (512,), "accelerator": (2048,)}
 """Every prefill step costs the one size there is: smaller than the largest of the others."""
 MAX_CHUNKS = 64
+CUT_STEP = 128
+"""Large micro-batches are multiples of this many prefill rows: whole blocks of the kernels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +29,13 @@ class Shape:
 
     Attributes:
         decode_rows: B; prefill_rows: M, 0 in a decode program; chunks: C, most prompt chunks.
+        cut: two-batch overlap: how many of the B + M rows the first micro-batch has; 0 without it.
     """
 
     decode_rows: int
     prefill_rows: int = 0
     chunks: int = 0
+    cut: int = 0
 
     @property
     def sampled_rows(self) -> int:
@@ -50,11 +54,15 @@ class Buckets:
     Attributes:
         mixed: whether extend programs have decode rows too. Else a plan holds either decode rows
             or chunks.
+        cut_extend_from, cut_decode_from: the smallest programs of each family that compute two
+            micro-batches; None: no program does.
     """
 
     decode: tuple[int, ...]
     extend: tuple[int, ...]
     mixed: bool = True
+    cut_extend_from: int | None = None
+    cut_decode_from: int | None = None
 
     @property
     def slots(self) -> int:
@@ -77,18 +85,27 @@ class Buckets:
     def shapes(self) -> list[Shape]:
         """Every program's sizes, the largest extend program first."""
         extend = [self._extend_shape(m) for m in reversed(self.extend)]
-        return extend + [Shape(decode_rows=b) for b in reversed(self.decode)]
+        return extend + [self._decode_shape(b) for b in reversed(self.decode)]
 
     @property
     def sampled_rows(self) -> list[int]:
         """The sizes of sampling programs, the largest first."""
         return sorted({shape.sampled_rows for shape in self.shapes()}, reverse=True)
 
+    def _decode_shape(self, rows: int) -> Shape:
+        cut = self.cut_decode_from is not None and rows >= self.cut_decode_from
+        return Shape(decode_rows=rows, cut=rows // 2 if cut else 0)
+
     def _extend_shape(self, prefill_rows: int) -> Shape:
+        decode_rows = self.slots if self.mixed else 0
+        cut = 0
+        if self.cut_extend_from is not None and prefill_rows >= self.cut_extend_from:
+            cut = _cut(decode_rows, prefill_rows)
         return Shape(
-            decode_rows=self.slots if self.mixed else 0,
+            decode_rows=decode_rows,
             prefill_rows=prefill_rows,
             chunks=self.prefill_chunks,
+            cut=cut,
         )
 
     def shape_for(self, plan: StepPlan) -> Shape:
@@ -101,7 +118,7 @@ class Buckets:
         if not plan.is_extend:
             for b in self.decode:
                 if rows <= b:
-                    return Shape(decode_rows=b)
+                    return self._decode_shape(b)
             raise ValueError(f"{rows} decode rows exceed the largest bucket {self.slots}")
         if rows and not self.mixed:
             raise ValueError("Deterministic steps either decode or prefill; the plan does both.")
@@ -115,6 +132,15 @@ class Buckets:
             f"{tokens} prompt tokens in {chunks} chunks beside {rows} decode rows exceed "
             f"{self.extend[-1]} in {self.prefill_chunks} beside {self.slots}"
         )
+
+
+def _cut(decode_rows: int, prefill_rows: int) -> int:
+    """Where an extend program is cut: in the middle of all rows, but behind the decode rows, which
+    are one micro-batch's. 0 where these are more than half."""
+    prefill = (decode_rows + prefill_rows) // 2 - decode_rows
+    if prefill >= CUT_STEP:
+        prefill = round(prefill / CUT_STEP) * CUT_STEP
+    return decode_rows + prefill if prefill > 0 else 0
 
 
 def make_buckets(
@@ -141,7 +167,14 @@ def make_buckets(
     extend = _limit(extend, config.chunked_prefill_size, "--chunked-prefill-size", num_slices)
     if deterministic:
         decode, extend = decode[-1:], extend[-1:]
-    return Buckets(decode=decode, extend=extend, mixed=not deterministic)
+    overlap = config.enable_two_batch_overlap
+    return Buckets(
+        decode=decode,
+        extend=extend,
+        mixed=not deterministic,
+        cut_extend_from=config.tbo_min_prefill_tokens if overlap else None,
+        cut_decode_from=config.tbo_min_decode_rows if overlap else None,
+    )
 
 
 def _limit(sizes: Sequence[int], total: int | None, flag: str, num_slices: int) -> tuple[int, ...]:

@@ -40,6 +40,18 @@ from sharding.step import ModelSpec, abstract_array, sharded
 log = logging.getLogger("meshserve.engine")
 
 COMPILE_THREADS = 8
+OVERLAP_UNROLL = 2
+"""Layers of straight code in a program of two micro-batches: nothing can be overlapped across the
+border of two turns of a loop."""
+OVERLAP_OPTIONS = {
+    # Computing moves between a collective's start and its end.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # XLA would otherwise make one collective of the two micro-batches', which has to wait for both.
+    "xla_gpu_all_gather_combine_threshold_bytes": 1,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 1,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 1,
+}
+"""For programs of two micro-batches on NVIDIA GPUs."""
 SCORE_ROWS = 128
 """Prompt positions that one launch of the scoring program scores."""
 
@@ -76,9 +88,11 @@ class ProgramFactory:
         kernels: Kernels,
         page_size: int,
         kv_dtype: Any,
+        threshold: float = 0.0,
     ) -> None:
+        """Args: threshold: see `Packing`."""
         self.spec, self.mesh, self.buckets = spec, mesh, buckets
-        self.kernels = kernels
+        self.kernels, self.threshold = kernels, threshold
         self.page_size, self.kv_dtype = page_size, kv_dtype
         self.vocab = spec.config.vocab_size
         self.mask_words = -(-self.vocab // 32)
@@ -131,7 +145,12 @@ class ProgramFactory:
         return sharded(fn, self.mesh, (s,) * num_in, (s,) * num_out, donate=donate)
 
     def packing(self, shape: Shape, table_width: int) -> Packing:
-        return Packing(shape=shape, table_width=table_width, num_slots=self.buckets.slots)
+        return Packing(
+            shape=shape,
+            table_width=table_width,
+            num_slots=self.buckets.slots,
+            threshold=self.threshold,
+        )
 
     def forward(self, packing: Packing, num_pages: int) -> Any:
         """(weights, pool*, last tokens, packed) -> (logits, numbers, pool[, hidden]); * donated."""
@@ -141,12 +160,19 @@ class ProgramFactory:
         kernels = self.kernels
         if packing.shape.prefill_rows:  # copies of weights cost little beside so much computing
             kernels = replace(kernels, unroll=1)
+        if packing.shape.cut:
+            kernels = replace(kernels, unroll=max(kernels.unroll, OVERLAP_UNROLL))
         fn = functools.partial(_forward, self.spec, self._comm, kernels, packing, hidden_rows)
         outputs = (s, s, pool_spec, s) if hidden_rows else (s, s, pool_spec)
         program = sharded(fn, self.mesh, (self.spec.specs, pool_spec, s, s), outputs, donate=(1,))
         pool = abstract_array(pool_shape, self.kv_dtype, self.mesh, pool_spec)
         packed = self._array((packing.width,))
         return program.lower(self._weights(), pool, self._last_tokens(), packed)
+
+    def options(self, shape: Shape) -> dict[str, Any] | None:
+        """What XLA is told for a forward program beside what it is told for all; None: nothing."""
+        platform = self.mesh.devices.flat[0].platform
+        return OVERLAP_OPTIONS if shape.cut and platform in ("cuda", "gpu") else None
 
     def greedy(self, rows: int) -> Any:
         """(logits, numbers, last tokens*) -> (packed tokens, last tokens)."""
@@ -185,9 +211,9 @@ class ProgramFactory:
             with_greedy: False leaves out the greedy programs.
         """
 
-        def compiled(name: str, lowered: Any) -> Any:
+        def compiled(name: str, lowered: Any, options: dict[str, Any] | None = None) -> Any:
             started = time.perf_counter()
-            program = lowered.compile()
+            program = lowered.compile(options)
             log.info("compiled %s in %.1f s", name, time.perf_counter() - started)
             return program
 
@@ -196,7 +222,12 @@ class ProgramFactory:
             forward = [
                 (
                     packing,
-                    pool.submit(compiled, str(packing.shape), self.forward(packing, num_pages)),
+                    pool.submit(
+                        compiled,
+                        str(packing.shape),
+                        self.forward(packing, num_pages),
+                        self.options(packing.shape),
+                    ),
                 )
                 for packing in packings
             ]
@@ -225,8 +256,11 @@ class ProgramFactory:
         """Bytes of temporaries of the program that needs most, the largest ones compiled."""
         packing = self.packing(self.buckets.shapes()[0], table_width)
         rows = self.most_sampled
-        lowered = (self.forward(packing, 2), self.full(rows), self.set_up(), self.score())
-        return max(p.compile().memory_analysis().temp_size_in_bytes for p in lowered)
+        compiled = [
+            self.forward(packing, 2).compile(self.options(packing.shape)),
+            *(p.compile() for p in (self.full(rows), self.set_up(), self.score())),
+        ]
+        return max(p.memory_analysis().temp_size_in_bytes for p in compiled)
 
 
 # ---- the programs, per device --------------------------------------------------------------
@@ -248,7 +282,7 @@ def _forward(
     norm, [1, hidden_rows, D], which is long enough for every shape."""
     batch, numbers = packing.forward_batch(packed[0], last_tokens[0])
     model = spec.merge(weights)
-    x, pool, _ = model.hidden(kv[0], batch, comm, kernels)
+    x, pool, _ = model.hidden(kv[0], batch, comm, kernels, packing.shape.cut)
     logits = model.logits(x[sampled_rows(batch)], comm)
     outputs = (logits[None], numbers[None], pool[None])
     if not hidden_rows:

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.config import ModelConfig
 from model.quantization import FP8
 from serving.config import ConfigError, ServerConfig
-from serving.engine.batch_builder import BatchBuilder
+from serving.engine.batch_builder import BatchBuilder, Packing
 from serving.engine.buckets import Shape, make_buckets
 from serving.engine.implementations import choose_kernels
 from serving.engine.memory import (
@@ -173,6 +173,7 @@ class ModelRunner:
         self.spec = ModelSpec(model, self.dtype, layout, source.fp8)
         self.page_size = config.page_size
         self._by_slice = by_slice(self.mesh, layout)
+        self._check_overlap()
         self.kernels = choose_kernels(
             config,
             model,
@@ -189,6 +190,7 @@ class ModelRunner:
         self.buckets = make_buckets(
             config, platform=self.platform, num_slices=layout.num_slices, max_context=context
         )
+        self._log_overlap()
         self.comm = MeshComm(
             layout,
             config.moe_a2a_backend,
@@ -207,6 +209,7 @@ class ModelRunner:
             kernels=self.kernels,
             page_size=self.page_size,
             kv_dtype=self.kv_dtype,
+            threshold=config.tbo_token_distribution_threshold,
         )
         self.mask_words = self._factory.mask_words
         self.num_pages = self._size_pool(context)
@@ -245,7 +248,7 @@ class ModelRunner:
         logits, numbers, hidden = self._forward(program, batch.rows)
         for rows in setups:
             self._set_up(rows)
-        scored, requests = _scoring(plan)
+        scored, requests = _scoring(plan, program.packing)
         scores = [self._score(hidden, rows) for rows in requests]
         for array in scores:
             array.copy_to_host_async()
@@ -315,6 +318,32 @@ class ModelRunner:
         return self._programs.score(self.weights, hidden, self._upload(rows))
 
     # ---- setting up ------------------------------------------------------------------------
+
+    def _check_overlap(self) -> None:
+        """Refuse two-batch overlap where nothing is exchanged.
+
+        Raises:
+            ConfigError: the model has no experts, or every device has all tokens anyway.
+        """
+        if not self.config.enable_two_batch_overlap:
+            return
+        asked = "--enable-two-batch-overlap has nothing to overlap here: "
+        if not self.model.num_experts:
+            raise ConfigError(f"{asked}this model has no experts to exchange tokens with.")
+        if self.layout.num_slices == 1 and self.config.moe_a2a_backend != "all_to_all":
+            raise ConfigError(f"{asked}with one dp slice no tokens are exchanged.")
+
+    def _log_overlap(self) -> None:
+        if not self.config.enable_two_batch_overlap:
+            return
+        cut = [str(shape) for shape in self.buckets.shapes() if shape.cut]
+        if cut:
+            log.info("two-batch overlap in these programs: %s", ", ".join(cut))
+        else:
+            log.warning(
+                "two-batch overlap in no program: all are smaller than --tbo-min-prefill-tokens %d",
+                self.config.tbo_min_prefill_tokens,
+            )
 
     def _log_fp8(self, source: WeightSource) -> None:
         if not source.fp8:
@@ -534,14 +563,14 @@ def _setups(plan: StepPlan, num_slots: int) -> list[np.ndarray]:
     return [np.stack(rows) for rows in itertools.zip_longest(*by_slice, fillvalue=idle)]
 
 
-def _scoring(plan: StepPlan) -> tuple[list[ScoredChunk], list[np.ndarray]]:
+def _scoring(plan: StepPlan, packing: Packing) -> tuple[list[ScoredChunk], list[np.ndarray]]:
     """The chunks to score, and the rows of each launch of the scoring program, i32 [D, 2 * n]."""
     scored: list[ScoredChunk] = []
     by_slice: list[tuple[list[int], list[int]]] = []
     for s, slice_plan in enumerate(plan.slices):
         rows: list[int] = []
         targets: list[int] = []
-        first = 0
+        first = packing.first_prefill_row(slice_plan)
         for chunk in slice_plan.prefill:
             if chunk.targets is not None:
                 scored.append(ScoredChunk(chunk, s, len(targets)))

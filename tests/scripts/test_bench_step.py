@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from scripts import bench_step
-from scripts.bench_step import Floors, Plans, experts_touched, make_parser, measure
+from scripts.bench_step import (
+    Floors,
+    Plans,
+    collective_time,
+    experts_touched,
+    make_parser,
+    measure,
+)
 from tests.serving.engine.engines import fixture_engine
 
 FLAGS = ["--decode", "2x24,8x24,2x9000", "--prefill", "3x50,1x9000", "--steps", "2"]
@@ -49,6 +56,19 @@ def test_floors_count_every_weight_once(runner):
     )
     assert floors.touched(1) == pytest.approx(config.num_experts_per_token)
     assert floors.decode_bytes(2, 10) - floors.decode_bytes(2, 9) == 2 * 4 * 48 * 3
+
+
+def test_collective_time_is_hidden_where_another_kernel_runs():
+    events = [
+        ("fusion_1", 0, 10),
+        ("ncclDevKernel_AllGather_RING_LL", 5, 25),  # 10 to 15 alone
+        ("gemm", 15, 20),
+        ("fusion_2", 18, 22),  # 22 to 25 alone
+        ("ncclDevKernel_SendRecv", 30, 40),  # all alone, two at once
+        ("ncclDevKernel_AllReduce", 35, 40),
+    ]
+    assert collective_time(events) == (30, 18)
+    assert collective_time([("gemm", 0, 5)]) == (0, 0)
 
 
 def test_experts_of_a_batch_are_counted(runner):

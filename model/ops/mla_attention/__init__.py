@@ -110,26 +110,30 @@ def extend_attention(
     chunk_rows: jax.Array,
     chunk_start: jax.Array,
     *,
+    first_row: int = 0,
     scale: float,
     kernels: Kernels = XLA,
 ) -> jax.Array:
-    """Every prefill row against its own sequence: the cached prefix and the chunk up to itself.
+    """Prefill rows against their own sequences: the cached prefix and the chunk up to the row.
 
     Args:
-        q_nope: [M, H, nope]; q_rope: [M, H, R], rotated.
+        q_nope: [m, H, nope]; q_rope: [m, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
-        latents: [M, C + R], the rows' own entries, which are in the pool too.
+        latents: [M, C + R], the entries of all M prefill rows, which are in the pool too.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
+        first_row: which prefill row the first of the m queries is. Static.
         scale: softmax scale.
         kernels: which implementation.
 
     Returns:
-        [M, H, V]; 0 for padding rows.
+        [m, H, V]; 0 for padding rows.
     """
     chunks = (tables, chunk_first_row, chunk_rows, chunk_start)
     if kernels.extend_attention == "xla":
-        return xla.extend_attention(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, scale=scale)
+        return xla.extend_attention(
+            *(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks), first_row=first_row, scale=scale
+        )
     return extend.extend_attention(
         q_nope,
         q_rope,
@@ -139,6 +143,7 @@ def extend_attention(
         kv,
         layer,
         *chunks,
+        first_row=first_row,
         scale=scale,
         interpret=kernels.interpret,
     )

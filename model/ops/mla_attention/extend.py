@@ -50,13 +50,15 @@ def _causal_kernel(
     first_row_ref,
     num_rows_ref,
     *refs,
+    first_query: int,
     keys: int,
     scale: float,
 ):
     """A block of rows of one head against the rows of their own chunks.
 
-    Keys are met in blocks that begin with a chunk's first row, wherever the chunk stands. `refs`
-    are the prefixes' sums and log-sum-exps, if any, then the output.
+    Keys are met in blocks that begin with a chunk's first row, wherever the chunk stands; rows are
+    counted from the first query on, which is key `first_query`. `refs` are the prefixes' sums and
+    log-sum-exps, if any, then the output.
     """
     out_ref = refs[-1]
     q_nope, q_rope = q_nope_ref[...], q_rope_ref[...]
@@ -72,7 +74,7 @@ def _causal_kernel(
         def one_block(j, so_far):
             key = first + j * keys + lax.broadcasted_iota(jnp.int32, (keys,), 0)
             live = (key < stop)[:, None]
-            at = pl.ds(first + j * keys, keys)
+            at = pl.ds(first_query + first + j * keys, keys)
 
             def read(ref):
                 return plgpu.load(ref, mask=live, other=0)
@@ -85,7 +87,7 @@ def _causal_kernel(
             )
 
         def one_full_block(j, so_far):
-            at = pl.ds(first + j * keys, keys)
+            at = pl.ds(first_query + first + j * keys, keys)
             scores = dot(q_nope, k_nope_ref[at, head], transposed=True)
             scores += dot(q_rope, k_rope_ref[at], transposed=True)
             return Softmax(*so_far).add_all(scores * (scale * LOG2_E), value_ref[at, head])
@@ -232,6 +234,7 @@ def extend_attention(
     chunk_rows: jax.Array,
     chunk_start: jax.Array,
     *,
+    first_row: int = 0,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
@@ -245,11 +248,13 @@ def extend_attention(
     padding = -m % rows
     if padding:
         q_nope, q_rope = (jnp.pad(a, ((0, padding), (0, 0), (0, 0))) for a in (q_nope, q_rope))
-        latents = jnp.pad(latents, ((0, padding), (0, 0)))
+    # All rows, also where the queries are a part: the parts' expansions are one to XLA.
+    latents = jnp.pad(latents, ((0, -len(latents) % rows), (0, 0)))
     c, k_rope = latents[:, :latent], latents[:, latent:]
     k_nope = jnp.einsum("mc,hnc->mhn", c, w_uk)
     values = jnp.einsum("mc,hcv->mhv", c, w_uv)
     blocks = q_nope.shape[0] // rows
+    chunk_first_row = chunk_first_row - first_row  # counted in queries: may be negative
     blocked = _chunks_of_blocks(chunk_first_row, blocks, rows)
 
     def causal(*start: jax.Array) -> jax.Array:
@@ -262,7 +267,9 @@ def extend_attention(
             pl.BlockSpec((rows, None), lambda i, h: (blocks - 1 - i, h)),
         ]
         return pl.pallas_call(
-            functools.partial(_causal_kernel, keys=min(KEYS, rows), scale=scale),
+            functools.partial(
+                _causal_kernel, first_query=first_row, keys=min(KEYS, rows), scale=scale
+            ),
             grid=(blocks, heads),
             in_specs=[
                 of_rows(nope),

@@ -56,21 +56,23 @@ def extend_attention(
     chunk_rows: jax.Array,
     chunk_start: jax.Array,
     *,
+    first_row: int = 0,
     scale: float,
 ) -> jax.Array:
-    """Every prefill row against its own sequence: the cached prefix and the chunk up to itself.
+    """Prefill rows against their own sequences: the cached prefix and the chunk up to the row.
 
     Each block of a sequence's latents is expanded once, see `paged_extend`.
 
     Args:
-        q_nope: [M, H, nope]; q_rope: [M, H, R], rotated.
+        q_nope: [m, H, nope]; q_rope: [m, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
+        first_row: which prefill row the first query is.
         scale: softmax scale.
 
     Returns:
-        [M, H, V]; 0 for padding rows.
+        [m, H, V]; 0 for padding rows.
     """
     heads, latent, value_dim = w_uv.shape
     q = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, None]  # [M, H, 1, nope + R]
@@ -93,6 +95,7 @@ def extend_attention(
         chunk_first_row,
         chunk_rows,
         chunk_start,
+        first_row=first_row,
         page_size=kv.shape[2],
         value_dim=value_dim,
         scale=scale,
