@@ -248,8 +248,9 @@ def _run_segment(
             normed = rms_norm(x, layer.attention_norm[...], eps)
             of_rows = (a[part.rows] for a in (cos, sin, rows.positions))
             projected.append(layer.attention.project(normed, *of_rows, comm, kernels))
-        # All micro-batches are written before any attends. A later one's chunk may go on where an
-        # earlier one's ends; and were the pool read between two writes, XLA would copy it.
+        # All micro-batches are written before any attends: rows read what other rows of the step
+        # write (a chunk that is cut, a prefix that two prompts share), and were the pool read
+        # between two writes, XLA would copy it.
         entries = saturating_cast(jnp.concatenate([e for _, e in projected]), kv.dtype)
         kv = kv.at[first_layer + index, rows.pages, rows.offsets].set(entries)
         attended = [

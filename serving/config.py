@@ -63,7 +63,7 @@ class ServerConfig:
     moe_dispatch_dtype: str = "auto"
     enable_two_batch_overlap: bool = False
     tbo_token_distribution_threshold: float = 0.48
-    tbo_min_prefill_tokens: int = 1024
+    tbo_min_prefill_tokens: int = 4096
     tbo_min_decode_rows: int | None = None
     moe_runner_backend: str = "auto"
     attention_backend: str = "auto"

@@ -23,7 +23,7 @@ class Dispatched(NamedTuple):
     """Tokens on their way to the experts.
 
     Attributes:
-        data: [T, D], the model's dtype or float8.
+        data: [T, D], the model's dtype, or float8 as u8 (every collective carries bytes).
         side: f32 [T, 2K], expert ids + 1 and weights; behind them the factors of float8 data,
             f32 [T, ceil(D / 128)]. Ids are exact in f32.
     """
@@ -36,7 +36,8 @@ def encode(x: jax.Array, expert_ids: jax.Array, weights: jax.Array, *, fp8: bool
     """[T, D], i32 [T, K] (-1: no expert) and f32 [T, K] as they travel."""
     side = [(expert_ids + 1).astype(jnp.float32), weights.astype(jnp.float32)]
     if fp8:
-        x, scale = quantize(x)
+        quantized, scale = quantize(x)
+        x = lax.bitcast_convert_type(quantized, jnp.uint8)
         side.append(scale)
     return Dispatched(x, jnp.concatenate(side, axis=-1))
 
@@ -45,8 +46,8 @@ def decode(rows: Dispatched, k: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.A
     """What `encode` was given, x in `dtype`."""
     ids, weights = rows.side[:, :k].astype(jnp.int32) - 1, rows.side[:, k : 2 * k]
     x = rows.data
-    if x.dtype == FP8:
-        x = dequantize(x, rows.side[:, 2 * k :], dtype)
+    if x.dtype == jnp.uint8:
+        x = dequantize(lax.bitcast_convert_type(x, FP8), rows.side[:, 2 * k :], dtype)
     return x, ids, weights
 
 

@@ -46,10 +46,12 @@ border of two turns of a loop."""
 OVERLAP_OPTIONS = {
     # Computing moves between a collective's start and its end.
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    # XLA would otherwise make one collective of the two micro-batches', which has to wait for both.
+    # XLA makes one collective of two, and one product of two with the same weights. The second
+    # micro-batch's would be the first's, which then had to wait for both.
     "xla_gpu_all_gather_combine_threshold_bytes": 1,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 1,
     "xla_gpu_all_reduce_combine_threshold_bytes": 1,
+    "xla_gpu_dot_merger_threshold_mb": 0,
 }
 """For programs of two micro-batches on NVIDIA GPUs."""
 SCORE_ROWS = 128

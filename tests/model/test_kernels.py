@@ -102,10 +102,13 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, heads):
     arrays = [rng.standard_normal(s) for s in (*shapes, (heads, LATENT, VALUE))]
     arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
 
-    def run(kv, kernels):
+    def run(kv, kernels, begin=0, end=rows):
+        q_nope, q_rope, *weights = arrays
         return extend_attention(
-            *(*arrays, jnp.asarray(latents), kv, jnp.int32(1), tables),
+            *(q_nope[begin:end], q_rope[begin:end], *weights),
+            *(jnp.asarray(latents), kv, jnp.int32(1), tables),
             *(jnp.asarray(a) for a in (first, counts, starts)),
+            first_row=begin,
             scale=SCALE / 4,
             kernels=kernels,
         )
@@ -113,6 +116,12 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, heads):
     got, want = run(kv, KERNELS), run(no_nan(kv), XLA)
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert (np.asarray(got[at:]) == 0).all()
+    # In two parts, cut where it comes: inside a chunk, between two, in the padding.
+    cut = 128 if rows > 128 else rows // 3
+    parts = [run(kv, KERNELS, end=cut), run(kv, KERNELS, begin=cut)]
+    np.testing.assert_allclose(np.concatenate(parts), got, atol=1e-5)
+    parts = [run(no_nan(kv), XLA, end=cut), run(no_nan(kv), XLA, begin=cut)]
+    np.testing.assert_allclose(np.concatenate(parts), want, atol=1e-5)
 
 
 @pytest.mark.parametrize(

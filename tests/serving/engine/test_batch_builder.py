@@ -12,11 +12,13 @@ from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan, StepPlan
 
 SLOTS, WIDTH = 6, 9
 PACKINGS = [
-    Packing(shape=shape, table_width=WIDTH, num_slots=SLOTS)
+    Packing(shape=shape, table_width=WIDTH, num_slots=SLOTS, threshold=0.3)
     for shape in (
         Shape(decode_rows=6),
         Shape(decode_rows=6, prefill_rows=40, chunks=4),
         Shape(decode_rows=0, prefill_rows=40, chunks=4),
+        Shape(decode_rows=6, prefill_rows=40, chunks=4, cut=23),
+        Shape(decode_rows=6, cut=3),
     )
 ]
 CHOICES = [
@@ -60,7 +62,7 @@ def built_by_hand(plan, packing):
             parts["decode_positions"][s, i] = row.position
             parts["decode_tables"][s, i, : len(row.pages)] = row.pages
             sampling(s, i, row, row.position + 1)
-        first = 0
+        first = packing.first_prefill_row(slice_plan)
         for i, chunk in enumerate(slice_plan.prefill):
             n = len(chunk.tokens)
             parts["prefill_tokens"][s, first : first + n] = chunk.tokens

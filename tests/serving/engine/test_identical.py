@@ -27,6 +27,10 @@ CASES = {
     "2 slices": {"tp": 2, "dp": 2, "ep": 2, "max_total_tokens": 1024},
     "4 slices": {"tp": 4, "dp": 4, "ep": 4, "exchange": "all_to_all"},
     "8 slices": {"tp": 8, "dp": 8, "ep": 8},
+    "2 slices in two batches": {
+        **{"tp": 2, "dp": 2, "ep": 2, "max_total_tokens": 1024},
+        **{"enable_two_batch_overlap": True, "tbo_min_prefill_tokens": 1, "tbo_min_decode_rows": 2},
+    },
 }
 
 

@@ -1,0 +1,98 @@
+"""Two micro-batches give what all rows together give, on every layout, wherever the cut is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model.batch import ForwardBatch, MicroBatch, micro_batches
+from tests.fixtures import LOGIT_TOLERANCE, load_fixture
+from tests.harness import KERNELS, MeshModel, SliceRows
+
+ROUNDING = 1e-4
+"""A product of fewer rows may add in another order."""
+
+
+LONG, OTHER_LONG = range(60, 110), range(110, 160)
+
+
+def pages(seed):
+    return list(np.random.default_rng(seed).permutation(np.arange(1, 55)))
+
+
+def test_a_cut_makes_ranges_of_decode_and_prefill_rows():
+    none = np.zeros(0, np.int32)
+    batch = ForwardBatch(np.zeros(4, np.int32), none, none, np.zeros(6, np.int32), *[none] * 4)
+    whole = MicroBatch(slice(0, 10), slice(0, 4), slice(0, 6))
+    assert micro_batches(batch) == micro_batches(batch, 10) == (whole,)
+    assert micro_batches(batch, 3) == (
+        MicroBatch(slice(0, 3), slice(0, 3), slice(0, 0)),
+        MicroBatch(slice(3, 10), slice(3, 4), slice(0, 6)),
+    )
+    assert micro_batches(batch, 5) == (
+        MicroBatch(slice(0, 5), slice(0, 4), slice(0, 1)),
+        MicroBatch(slice(5, 10), slice(4, 4), slice(1, 6)),
+    )
+
+
+def steps(model, prompts):
+    """A prefix, then a step with slices in four modes, then decoding; all logits, all counts."""
+    long, short, other = (p["prompt"] for p in prompts)
+    idle = [SliceRows()] * (model.layout.num_slices - 2)
+    logits, counts = [], []
+
+    def take(*slices):
+        results, of_step = model.step([*slices, *idle][: model.layout.num_slices])
+        for decode, chunks in results:
+            logits.extend([decode, *chunks])
+        counts.append(of_step)
+
+    take(
+        SliceRows(chunks=[(other[:30], 0, pages(0))]),
+        SliceRows(chunks=[(short[:-1], 0, pages(1)), (long[:40], 0, LONG)]),
+    )
+    take(  # the first slice's second chunk is cut, the second slice's rows end before the cut
+        SliceRows(
+            decode=[(other[30], 30, pages(0))],
+            chunks=[(short[:9], 0, LONG), (long, 0, OTHER_LONG)],
+        ),
+        SliceRows(decode=[(short[-1], len(short) - 1, pages(1))], chunks=[(long[40:], 40, LONG)]),
+    )
+    take(SliceRows(), SliceRows(decode=[(7, len(short), pages(1)), (9, len(long), LONG)]))
+    return np.concatenate(logits), np.stack(counts)
+
+
+@pytest.mark.parametrize(
+    ("layout", "exchange"),
+    [
+        ((2, 2, 2), "none"),
+        ((8, 8, 8), "none"),
+        ((8, 8, 8), "all_to_all"),
+        ((8, 4, 8), "all_to_all"),
+        ((8, 2, 8), "none"),
+        ((8, 2, 8), "all_to_all"),
+    ],
+)
+def test_logits_and_expert_counts_are_those_of_one_batch(layout, exchange):
+    fixture = load_fixture("deepseek_v3")
+    prompts = [fixture.prompts[i] for i in (5, 3, 4)]
+    model = MeshModel(fixture.folder, layout, exchange)
+    want, want_counts = steps(model, prompts)
+    for cut in (71, 1):  # inside a chunk; between two decode rows
+        got, counts = steps(MeshModel(fixture.folder, layout, exchange, cut=cut), prompts)
+        np.testing.assert_array_equal(counts, want_counts)
+        np.testing.assert_allclose(got, want, atol=ROUNDING)
+
+
+def test_gqa_and_kernels_in_two_batches():
+    for name, kernels, tolerance in (
+        ("qwen3_moe", {}, ROUNDING),
+        ("deepseek_v2_lite", {"kernels": KERNELS}, LOGIT_TOLERANCE),
+    ):
+        fixture = load_fixture(name)
+        prompts = sorted(fixture.prompts, key=lambda p: len(p["prompt"]))[-3:]
+        prompts = [prompts[2], prompts[0], prompts[1]]
+        want, want_counts = steps(MeshModel(fixture.folder, (2, 2, 2)), prompts)
+        got, counts = steps(MeshModel(fixture.folder, (2, 2, 2), cut=71, **kernels), prompts)
+        np.testing.assert_array_equal(counts, want_counts)
+        np.testing.assert_allclose(got, want, atol=tolerance)
