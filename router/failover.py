@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -74,13 +74,24 @@ class _Chunk(msgspec.Struct, gc=False):
     error: _Error | None = None
 
 
+_TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Begun(msgspec.Struct, gc=False):
+    """An answer that the client itself goes on with."""
+
+    token_ids: list[_TokenId] | None = None
+    finished: bool | None = None
+
+
 class _Asked(msgspec.Struct, gc=False):
     """The fields of a request that decide whether and how its stream can go on."""
 
     seed: int | None = None
+    n: int | None = None
     return_token_ids: bool | None = None
     echo: bool | None = None
-    continue_from: list[dict[str, Any]] | None = None
+    continue_from: list[_Begun] | None = None
     stream_options: dict[str, Any] | None = None
 
 
@@ -95,13 +106,15 @@ _TOLD = msgspec.json.Decoder(_Told)
 _CHUNK = msgspec.json.Decoder(_Chunk)
 _ASKED = msgspec.json.Decoder(_Asked)
 _SIZE = msgspec.json.Decoder(_Size)
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoders raise."""
 
 
 def usage_of(content: bytes) -> Usage | None:
     """The usage that a JSON answer or event tells, if it does."""
     try:
         told = _TOLD.decode(content)
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         return None
     return told.usage or told.meta_info
 
@@ -240,8 +253,8 @@ class ContinuedStream:
         if asked.seed is None:
             self.fields["seed"] = seed
         for index, begun in enumerate(asked.continue_from or ()):
-            self._answers[index] = array("q", begun.get("token_ids") or ())
-            if begun.get("finished"):
+            self._answers[index] = array("q", begun.token_ids or ())
+            if begun.finished:
                 self._finished.add(index)
 
     @classmethod
@@ -253,7 +266,7 @@ class ContinuedStream:
         """
         try:
             asked = _ASKED.decode(body)
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             return None  # the worker will say what is wrong with it
         return None if asked.echo else cls(body, asked, seed)
 
@@ -323,7 +336,7 @@ class ContinuedStream:
             return DONE
         try:
             chunk = _CHUNK.decode(content)
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             self.failure = "it sent an event that is no chunk"
             return b""
         if chunk.error is not None:

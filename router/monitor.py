@@ -3,7 +3,7 @@
 Every server is asked for its health at the interval of its workers, all its ranks by one question,
 and a worker changes sides by `HealthState` alone: traffic that fails makes nobody unhealthy. A
 worker that became unhealthy is thought to have lost its cache, and is asked what it is when it is
-back. Reported loads are kept with their time, and dropped where a server does not tell any.
+back; so is one that nobody could connect to until its circuit opened. Reported loads are kept with their time, and dropped where a server does not tell any.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from router.workers import ReportedLoad, Worker, WorkerRegistry
 TICK_S = 0.1
 """How exact the intervals are."""
 LOAD_TIMEOUT_S = 5.0
+RETURN_CHECK_S = 1.0
+"""Between two looks whether a worker that was not there is back."""
 
 logger = logging.getLogger("meshserve.router")
 
@@ -62,6 +64,7 @@ class Monitor:
         self._asking: set[asyncio.Task[None]] = set()
         self._due: dict[str, float] = {}
         self._busy: set[str] = set()
+        self._missed: set[str] = set()
 
     async def start(self) -> None:
         """Begin to watch."""
@@ -119,6 +122,7 @@ class Monitor:
         servers = self._registry.servers()
         for ranks in servers:
             worker = ranks[0]
+            self._look_for(worker, ranks)
             # Registered is asked: the first check comes an interval later.
             due = self._due.setdefault(worker.id, now + worker.health_check_interval_secs)
             # An interval that was shortened counts at once.
@@ -146,6 +150,29 @@ class Monitor:
                 if rank is worker and success:
                     await self._registration.refresh(worker)
 
+    def _look_for(self, worker: Worker, ranks: Sequence[Worker]) -> None:
+        """Begin to look for a server that nobody could connect to."""
+        if worker.disable_health_check or worker.id in self._missed:
+            return
+        if any(rank.breaker.absent for rank in ranks):
+            self._missed.add(worker.id)
+            self._spawn(self._await_return(worker))
+
+    async def _await_return(self, worker: Worker) -> None:
+        """Try a server again as soon as it answers; these are no health checks."""
+        try:
+            while any(rank.breaker.absent for rank in self._registry.of_server(worker.base_url)):
+                if await self._problem(worker) is None:
+                    logger.info("Worker %s is there again.", worker.base_url)
+                    for rank in self._registry.of_server(worker.base_url):
+                        self._router.flushed(rank)
+                        rank.breaker.present()
+                    await self._registration.refresh(worker)
+                else:
+                    await asyncio.sleep(RETURN_CHECK_S)
+        finally:
+            self._missed.discard(worker.id)
+
     def _changed(self, worker: Worker) -> None:
         healthy = worker.health.healthy
         self._metrics.worker_health(worker.url, healthy)
@@ -158,14 +185,17 @@ class Monitor:
         self._router.flushed(worker)
         self._on_unhealthy(worker)
 
-    async def _is_well(self, worker: Worker) -> bool:
-        problem = await probe(
+    async def _problem(self, worker: Worker) -> str | None:
+        return await probe(
             self._upstream,
             worker.base_url,
             self._config.health_check_endpoint,
             bearer(worker.api_key),
             timeout=worker.health_check_timeout_secs,
         )
+
+    async def _is_well(self, worker: Worker) -> bool:
+        problem = await self._problem(worker)
         if problem is not None:
             logger.info("Health check of %s: %s", worker.base_url, problem)
         return problem is None

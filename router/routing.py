@@ -52,13 +52,21 @@ class Outcome(Enum):
 
     OK = "ok"
     FAILED = "failed"
+    ABSENT = "absent"
+    """Nobody is there: no connection came about."""
     BUSY = "busy"
     """It is full, not broken."""
     NEUTRAL = "neutral"
     """The client's fault, or the client left."""
 
 
-_SUCCESS = {Outcome.OK: True, Outcome.FAILED: False, Outcome.BUSY: None, Outcome.NEUTRAL: None}
+_SUCCESS = {
+    Outcome.OK: True,
+    Outcome.FAILED: False,
+    Outcome.ABSENT: False,
+    Outcome.BUSY: None,
+    Outcome.NEUTRAL: None,
+}
 
 
 class RoutingMetrics(Protocol):
@@ -160,7 +168,8 @@ class Ticket:
         if not self._computed and outcome is not Outcome.OK:
             self._router._not_computed(self.worker, self._request, self._depth)
         success = _SUCCESS[outcome]
-        self.worker.breaker.end(self._era, success, proved=self._proved)
+        absent = outcome is Outcome.ABSENT
+        self.worker.breaker.end(self._era, success, proved=self._proved, absent=absent)
         if success is not None:
             self._router.metrics.breaker_outcome(
                 self.worker.url, "success" if success else "failure"
@@ -196,8 +205,7 @@ class Router:
 
     def begin(self, request: RoutedRequest, exclude: Collection[Worker] = ()) -> Ticket | None:
         """Give a request to a worker; None if there is none that may have it."""
-        model = request.model if self._config.enable_igw else None
-        candidates = self._registry.available(model, exclude)
+        candidates = self.candidates(request, exclude)
         if not candidates:
             return None
         choice = self._policy.choose(candidates, request)
@@ -217,6 +225,13 @@ class Router:
                 self.metrics.rebalanced()
             self.index.insert(worker.bit, request.blocks, self._clock())
         return ticket
+
+    def candidates(
+        self, request: RoutedRequest, exclude: Collection[Worker] = ()
+    ) -> Sequence[Worker]:
+        """The workers that may have a request now."""
+        model = request.model if self._config.enable_igw else None
+        return self._registry.available(model, exclude)
 
     def tokens(self, num_chars: float, model: str = UNKNOWN_MODEL) -> float:
         """Estimated tokens of so many characters, for the workers of a model."""

@@ -743,6 +743,46 @@ def test_a_worker_that_was_away_is_asked_anew_and_its_cache_counts_as_lost():
     run(main)
 
 
+def test_a_worker_that_was_restarted_is_tried_as_soon_as_it_answers(monkeypatch):
+    """Though its circuit is open, and health checks are rare."""
+    monkeypatch.setattr("router.monitor.RETURN_CHECK_S", 0.05)
+
+    async def main():
+        async with (
+            workers(1) as (a,),
+            service(
+                a.url,
+                policy="cache_aware",
+                health_check_interval_secs=60,
+                cb_failure_threshold=2,
+                disable_retries=True,
+            ) as (router, client),
+        ):
+            (worker,) = router.registry.list()
+            body = {"model": "x", "prompt": "x" * 2000, "max_tokens": 1}
+            assert (await client.post(COMPLETIONS, body)).status == 200
+            await a.kill()
+            for _ in range(2):
+                assert (await client.post(COMPLETIONS, body)).status == 500
+            assert worker.breaker.state == "open"
+            await asyncio.sleep(0.2)
+            assert (await client.post(COMPLETIONS, body)).code == "no_available_workers"
+            assert worker.health.healthy  # looking for it is no health check
+            a.settings.cache_tokens = 10_000
+            await a.start()
+            await until(lambda: worker.breaker.state == "half_open")
+            assert router.router.index.num_blocks(worker.bit) == 0
+            await until(lambda: worker.capacity_tokens == 10_000)
+            assert (await client.post(COMPLETIONS, body)).status == 200
+            # What fails though it is there is not tried again so soon.
+            a.faults.status = 500
+            await client.post(COMPLETIONS, body)
+            await asyncio.sleep(0.2)
+            assert worker.breaker.state == "open"
+
+    run(main)
+
+
 def test_reported_loads_have_a_time_and_go_when_a_worker_tells_none():
     """power_of_two of the peer kept what a worker once said for ever."""
 

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import time
+from email.utils import formatdate
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from router.health import HealthState
 from router.limits import Limiter, RateLimited
 from router.prefix_index import PrefixIndex
 from router.request import BadRequest, RoutedRequest, block_end, with_fields
-from router.retry import backoff_s
+from router.retry import backoff_s, retry_after_s
 from tests.router.support import run
 
 # ---- flags
@@ -552,3 +554,40 @@ def test_without_limits_nothing_waits():
             (await limiter.acquire()).release()
 
     run(main)
+
+
+def test_retry_after_is_seconds_or_a_date():
+    assert [retry_after_s(value) for value in (None, b"7", b" 0 ", b"soon", b"-1")] == [
+        0.0,
+        7.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
+    later = formatdate(time.time() + 60, usegmt=True).encode()
+    assert 58 < retry_after_s(later) <= 60
+    assert retry_after_s(b"Sun, 06 Nov 1994 08:49:37 GMT") == 0.0
+
+
+def test_a_circuit_that_nobody_was_behind_is_tried_when_somebody_is():
+    breaker, _ = circuit(Clock())
+    for absent in (False, False, True):
+        breaker.end(breaker.begin(), False, absent=absent)
+    assert breaker.absent
+    breaker.present()
+    assert (breaker.state, breaker.allows) == ("half_open", True)
+    # Whoever is there may be as ill as it was before.
+    record(breaker, False)
+    assert breaker.state == "open"
+    breaker.present()
+    assert breaker.state == "open"
+
+
+def test_a_circuit_whose_worker_was_there_and_failed_waits_its_time():
+    breaker, _ = circuit(Clock())
+    breaker.present()
+    for absent in (True, True, False):
+        breaker.end(breaker.begin(), False, absent=absent)
+    assert not breaker.absent
+    breaker.present()
+    assert (breaker.state, breaker.allows) == ("open", False)
