@@ -3,7 +3,8 @@
 Every server is asked for its health at the interval of its workers, all its ranks by one question,
 and a worker changes sides by `HealthState` alone: traffic that fails makes nobody unhealthy. A
 worker that became unhealthy is thought to have lost its cache, and is asked what it is when it is
-back; so is one that nobody could connect to until its circuit opened. Reported loads are kept with their time, and dropped where a server does not tell any.
+back; so is one that nobody could connect to until its circuit opened. Reported loads are kept with
+their time, and dropped where a server does not tell any.
 """
 
 from __future__ import annotations
@@ -84,10 +85,12 @@ class Monitor:
     def update_gauges(self) -> None:
         """Bring the gauges of all workers up to date, before they are read."""
         self._metrics.in_flight([worker.in_flight for worker in self._registry.list()])
+        self._metrics.routing_keys(self._router.num_routing_keys)
         for worker in self._registry.list():
             breaker, metrics = worker.breaker, self._metrics
             metrics.worker_health(worker.url, worker.health.healthy)
             metrics.requests_active(worker.url, worker.in_flight)
+            metrics.routing_keys_active(worker.url, len(worker.routing_keys))
             metrics.breaker(
                 worker.url,
                 breaker.state,

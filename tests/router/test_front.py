@@ -337,7 +337,9 @@ def test_shutting_down_cuts_what_takes_too_long():
     run(main)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"POST / HTTP/1.1\r\ncontent-length: 5\r\n\r\na"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", b"POST / HTTP/1.1\r\ncontent-length: 5\r\n\r\na"]
+)
 def test_nobody_holds_a_connection_by_sending_nothing(monkeypatch, sent):
     for name in ("SWEEP_S", "KEEP_ALIVE_S", "HEAD_S"):
         monkeypatch.setattr(f"router.front.{name}", 0.05)
