@@ -393,6 +393,30 @@ def test_a_worker_that_cannot_be_added(body, status, text):
     run(main)
 
 
+def test_too_many_jobs_at_once(monkeypatch):
+    monkeypatch.setattr("router.registration.MAX_JOBS", 1)
+
+    async def main():
+        async with service() as (_, client):
+            assert (await client.post("/workers", {"url": gone_url()})).status == 202
+            reply = await client.post("/workers", {"url": gone_url()})
+            assert (reply.status, reply.json()["code"]) == (503, "QUEUE_FULL")
+
+    run(main)
+
+
+def test_a_worker_that_is_added_again_has_a_new_id():
+    async def main():
+        async with workers(1) as (a,), service(a.url) as (router, client):
+            (before,) = router.registry.list()
+            await client.request("DELETE", f"/workers/{before.id}")
+            assert (await client.get(f"/workers/{before.id}")).status == 404
+            reply = await add(client, a.url)
+            assert reply.json()["worker_id"] != before.id
+
+    run(main)
+
+
 def test_the_body_must_be_json_by_its_header():
     async def main():
         async with service() as (_, client):
@@ -689,6 +713,37 @@ def test_a_check_that_hangs_is_a_failure_and_disabled_checks_are_none():
             assert router.registry.by_url(b.url).health.healthy
             told = (await client.get("/workers")).json()["workers"][1]
             assert told["disable_health_check"] is True
+
+    run(main)
+
+
+def test_where_health_is_asked_and_with_which_key():
+    async def main():
+        async with workers(1) as (a,):
+            heard, handle = [], a.handle
+
+            def listening(connection, path, headers, body):
+                heard.append((path, headers.get("authorization")))
+                handle(connection, path, headers, body)
+
+            a.handle = listening
+            fields = {"health_check_endpoint": "/health_generate", "api_key": "secret"}
+            async with service(a.url, **fields):
+                await until(lambda: len(heard) > 8)
+            checks = [each for each in heard if each[0].startswith("/health")]
+            assert len(checks) > 2
+            assert set(checks) == {("/health_generate", "Bearer secret")}
+
+    run(main)
+
+
+def test_without_health_checks_a_worker_is_asked_once():
+    async def main():
+        async with workers(1) as (a,), service(a.url, disable_health_check=True) as (router, _):
+            a.faults.health = 500
+            await asyncio.sleep(0.4)
+            assert a.counts.requests["/health"] == 1
+            assert router.registry.list()[0].health.healthy
 
     run(main)
 
