@@ -52,13 +52,29 @@ class _Told(msgspec.Struct, gc=False):
 
 class _Delta(msgspec.Struct, gc=False):
     role: str | None = None
+    content: str | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     finish_reason: str | None = None
     token_ids: list[int] | None = None
+    text: str | None = None
     delta: _Delta | None = None
+
+
+class _WholeChoice(msgspec.Struct, gc=False):
+    text: str | None = None
+    message: _Delta | None = None
+
+
+class _Whole(msgspec.Struct, gc=False):
+    """A plain answer: that of completions or chat, or of /generate."""
+
+    usage: Usage | None = None
+    meta_info: Usage | None = None
+    text: str | None = None
+    choices: list[_WholeChoice] | None = None
 
 
 class _Error(msgspec.Struct, gc=False):
@@ -103,6 +119,7 @@ class _Size(msgspec.Struct, gc=False):
 
 
 _TOLD = msgspec.json.Decoder(_Told)
+_WHOLE = msgspec.json.Decoder(_Whole)
 _CHUNK = msgspec.json.Decoder(_Chunk)
 _ASKED = msgspec.json.Decoder(_Asked)
 _SIZE = msgspec.json.Decoder(_Size)
@@ -117,6 +134,19 @@ def usage_of(content: bytes) -> Usage | None:
     except _UNREADABLE:
         return None
     return told.usage or told.meta_info
+
+
+def usage_and_text_of(content: bytes) -> tuple[Usage | None, str]:
+    """What a plain JSON answer cost, and the text of its first choice, empty if it has none."""
+    try:
+        whole = _WHOLE.decode(content)
+    except _UNREADABLE:
+        return usage_of(content), ""
+    text = whole.text
+    if text is None and whole.choices:
+        first = whole.choices[0]
+        text = first.message.content if first.message is not None else first.text
+    return whole.usage or whole.meta_info, text or ""
 
 
 class Events:
@@ -221,6 +251,7 @@ class ContinuedStream:
         "_num_tokens",
         "_opened",
         "_resumed",
+        "_text",
         "_told_total",
         "complete",
         "failure",
@@ -242,6 +273,7 @@ class ContinuedStream:
         self._num_tokens = 0
         self._lossy = False
         self._resumed = False
+        self._text: list[str] = []
         self._told_total = False
         self.usage: Usage | None = None
         self.num_events = 0
@@ -269,6 +301,16 @@ class ContinuedStream:
         except _UNREADABLE:
             return None  # the worker will say what is wrong with it
         return None if asked.echo else cls(body, asked, seed)
+
+    @property
+    def first_text(self) -> str:
+        """The text of the first answer so far; empty for one that is too long to be remembered."""
+        return "".join(self._text)
+
+    @property
+    def first_ids(self) -> list[int]:
+        """The tokens of the first answer so far, likewise."""
+        return list(self._answers.get(0, ()))
 
     @property
     def can_go_on(self) -> bool:
@@ -369,11 +411,15 @@ class ContinuedStream:
                 self._num_tokens += len(ids)
                 if self._num_tokens > MAX_TOKENS:
                     self._answers.clear()
+                    self._text.clear()
                 else:
                     answer = self._answers.get(choice.index)
                     if answer is None:
                         answer = self._answers[choice.index] = array("q")
                     answer.extend(ids)
+                    if not choice.index:
+                        text = choice.text if choice.delta is None else choice.delta.content
+                        self._text.append(text or "")
             if choice.finish_reason is not None:
                 self._finished.add(choice.index)
             if choice.delta is not None and choice.delta.role is not None:

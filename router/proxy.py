@@ -22,7 +22,15 @@ from typing import Any
 import msgspec
 
 from router.config import RouterConfig
-from router.failover import DONE, ContinuedStream, PassedStream, Usage, error_event, usage_of
+from router.failover import (
+    DONE,
+    ContinuedStream,
+    PassedStream,
+    Usage,
+    error_event,
+    usage_and_text_of,
+    usage_of,
+)
 from router.front import Call, HeaderList
 from router.limits import Limiter, RateLimited
 from router.metrics import RouterMetrics
@@ -541,7 +549,9 @@ class _Exchange:
             )
         if status < 400:
             ticket.first_token()
-            self._count(request, ticket, usage_of(content), 0)
+            usage, text = self._read_answer(request, content)
+            self._count(request, ticket, usage, 0)
+            ticket.answered(text)
             ticket.end(Outcome.OK)
         else:
             ticket.end(Outcome.NEUTRAL)
@@ -624,6 +634,12 @@ class _Exchange:
             status=500, code="read_response_body_failed", message=f"Worker {url}: {reason}"
         )
 
+    def _read_answer(self, request: RoutedRequest, content: bytes) -> tuple[Usage | None, str]:
+        """The usage of a plain answer, and its text if that is of use to the policy."""
+        if self._proxy.router.remembers and not request.by_ids:
+            return usage_and_text_of(content)
+        return usage_of(content), ""
+
     def _count_stream(
         self,
         request: RoutedRequest,
@@ -632,6 +648,9 @@ class _Exchange:
     ) -> None:
         """A stream came to its end."""
         num = self._count(request, ticket, stream.usage, stream.num_events)
+        # Reading the text of a stream that only passes would cost each event as much as passing it.
+        if isinstance(stream, ContinuedStream) and self._proxy.router.remembers:
+            ticket.answered(stream.first_ids if request.by_ids else stream.first_text)
         seconds = self._proxy.clock() - self._first_at
         self._proxy.metrics.generation(request.model, request.endpoint, seconds, num)
 

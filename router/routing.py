@@ -172,6 +172,10 @@ class Ticket:
                 self.worker, self._request, self._depth, cached_tokens, alone=self._alone
             )
 
+    def answered(self, answer: str | Sequence[int]) -> None:
+        """The whole answer: text, or token ids for a prompt of those. It is cached as well."""
+        self._router._remember_answer(self.worker, self._request, answer)
+
     def end(self, outcome: Outcome) -> None:
         """The attempt is over; only the first call counts."""
         if not self._open:
@@ -266,6 +270,11 @@ class Router:
         ratio = self._ratios.get(model)
         return FIRST_CHARS_PER_TOKEN if ratio is None else ratio.value
 
+    @property
+    def remembers(self) -> bool:
+        """Whether prompts and answers are of use to the policy."""
+        return self._remembers
+
     def worker_added(self, worker: Worker) -> None:
         """A worker has joined the registry, with an empty cache."""
         if self._free_bits:
@@ -345,6 +354,16 @@ class Router:
             if worker.surprises >= SURPRISES:
                 self.flushed(worker)
                 self.index.insert(worker.bit, request.blocks, self._clock())
+
+    def _remember_answer(
+        self, worker: Worker, request: RoutedRequest, answer: str | Sequence[int]
+    ) -> None:
+        """The next turn of a conversation begins with prompt and answer."""
+        if not self._remembers or worker.bit < 0 or not answer:
+            return
+        blocks = request.blocks_with(answer)
+        if len(blocks) > len(request.blocks):
+            self.index.insert(worker.bit, blocks, self._clock())
 
     def _not_computed(self, worker: Worker, request: RoutedRequest, depth: int) -> None:
         """A worker refused a prompt, or failed or was stopped before it was through."""

@@ -11,6 +11,7 @@ import pytest
 from router.app import RouterService
 from router.config import RouterConfig
 from router.front import Front
+from router.request import RoutedRequest
 from tests.router.support import CHAT, COMPLETIONS, JSON, Client, run, workers
 
 pytestmark = pytest.mark.timeout(60)
@@ -420,5 +421,48 @@ def test_what_the_metrics_say_of_retries():
             assert re.search(r'request_errors_total{\S*error_type="backend_error"\S*} 1.0', page)
             upstream = 'smg_router_upstream_responses_total{error_code="",router_type="http",'
             assert f'{upstream}status_code="500"}} 5.0' in page
+
+    run(main)
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_answers_count_as_cached_where_they_were_computed(path, stream, continues):
+    """Not those of streams that only pass: to read them would cost more than it is worth."""
+
+    async def main():
+        async with (
+            workers(1, continues=continues) as fleet,
+            service(fleet, policy="cache_aware") as (router, client),
+        ):
+            prompt = "q" * 640
+            body = {"model": "m", "max_tokens": 100, "temperature": 0, "stream": stream}
+            talk = [{"role": "user", "content": prompt}]
+            body |= {"messages": talk} if path == CHAT else {"prompt": prompt}
+            answer = (await client.post(path, body)).text()
+            assert len(answer) == 400
+            (worker,) = router.registry.list()
+            known = router.router.index.num_blocks(worker.bit)
+            assert known == (640 + 400) // 64 if continues or not stream else 640 // 64
+            # It is what the next turn begins with.
+            if path == CHAT:
+                talk += [{"role": "assistant", "content": answer}, talk[0]]
+                body |= {"messages": talk}
+            else:
+                body |= {"prompt": prompt + answer + "?" * 64}
+            request = RoutedRequest.parse(path, json.dumps(body).encode())
+            depth = router.router.index.match(request.blocks, 1 << worker.bit)[worker.bit]
+            assert depth == known
+
+    run(main)
+
+
+def test_answers_in_token_ids_count_as_cached_too():
+    async def main():
+        async with workers(1) as fleet, service(fleet, policy="cache_aware") as (router, client):
+            await client.stream(prompt=list(range(160)), max_tokens=100)
+            (worker,) = router.registry.list()
+            assert router.router.index.num_blocks(worker.bit) == 260 // 16
 
     run(main)

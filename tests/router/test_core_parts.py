@@ -181,6 +181,27 @@ def test_a_conversation_shares_its_beginning():
     assert len(second.blocks) > len(first.blocks)
 
 
+@pytest.mark.parametrize("size", [10, 500, 64 * 255 + 3, 40_000])
+def test_the_next_turn_begins_with_prompt_and_answer(size):
+    """In text, in token ids, in messages; whatever the block that the answer begins in."""
+    rng = random.Random(size)
+    text, answer = ("".join(rng.choices("abcdefgh ", k=k)) for k in (size, 3000))
+    first = parse("/v1/completions", prompt=text)
+    second = parse("/v1/completions", prompt=text + answer)
+    assert first.blocks_with(answer) == second.blocks
+    assert first.blocks_with("") == first.blocks
+    ids, more = ([rng.randrange(9999) for _ in range(k)] for k in (size // 4, 700))
+    first = parse("/generate", input_ids=ids)
+    assert first.by_ids
+    assert first.blocks_with(more) == parse("/generate", input_ids=ids + more).blocks
+    talk = [message("user", text)]
+    first = parse(messages=talk)
+    second = parse(messages=[*talk, message("assistant", answer), message("user", "?" * 2000)])
+    both = first.blocks_with(answer)
+    assert shared(second, first) == len(first.blocks) < len(both)
+    assert second.blocks[: len(both)] == both
+
+
 def test_roles_tools_and_order_are_part_of_the_key():
     plain = parse(messages=[message("user", LONG)])
     assert shared(plain, parse(messages=[message("system", LONG)])) == 0
