@@ -340,7 +340,7 @@ class _Exchange:
     def leave_if_stalled(self, before: float, others: Sequence[Worker]) -> None:
         """Leave the worker if it has said nothing since then and one of the others can do it."""
         if self._patience is not None:
-            if others and self._asked_at < before:
+            if others and self._asked_at < before and not self._patience.expired():
                 self._patience.reschedule(asyncio.get_running_loop().time())
         elif (
             self._response is not None
