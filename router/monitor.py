@@ -19,7 +19,7 @@ import msgspec
 
 from router.config import RouterConfig
 from router.metrics import RouterMetrics
-from router.registration import Registration, bearer
+from router.registration import NOT_JSON, Registration, bearer
 from router.routing import Router
 from router.upstream import Upstream, UpstreamError, probe
 from router.workers import ReportedLoad, Worker, WorkerRegistry
@@ -220,7 +220,7 @@ class Monitor:
                 content = await response.read()
                 if response.status == 200:
                     return _loads(msgspec.json.decode(content))
-        except (UpstreamError, msgspec.DecodeError) as error:
+        except (UpstreamError, *NOT_JSON) as error:
             logger.info("Load of %s: %s", worker.base_url, error)
         return None
 

@@ -611,6 +611,34 @@ def test_loads_are_asked_for_and_a_worker_without_one_has_minus_one():
     run(main)
 
 
+@pytest.mark.parametrize(
+    "odd", [b'{"a":"\xff"}', b"[7]", b"{", b'[{"num_tokens": "many"}]', b'{"loads": 5}']
+)
+def test_a_worker_that_answers_nonsense_spoils_nothing(odd):
+    async def main():
+        async with workers(2) as (a, b):
+            told = a._told
+            paths = ("/get_load", "/v1/loads", "/get_server_info", "/server_info", "/v1/models")
+
+            def odd_told(path, headers, body):
+                if path in paths:
+                    return 200, odd, b"application/json"
+                return told(path, headers, body)
+
+            a._told = odd_told
+            fields = {"policy": "power_of_two", "worker_startup_check_interval": 0.02}
+            async with service(a.url, b.url, **fields) as (router, client):
+                told_loads = (await client.get("/get_loads")).json()["workers"]
+                loads = {each["worker"]: each["load"] for each in told_loads}
+                assert loads == {a.url: -1, b.url: 0}
+                one, other = (router.registry.by_url(w.url) for w in (a, b))
+                assert one.capacity_tokens is None
+                b.faults.load_tokens = 7
+                await until(lambda: other.reported and other.reported.tokens == 7)
+
+    run(main)
+
+
 def test_engine_metrics_of_all_workers_in_one_page():
     async def main():
         async with workers(2) as (a, b), service(a.url, b.url) as (_, client):
