@@ -149,6 +149,10 @@ class Call:
         """Cut the connection: the answer cannot be completed, and the client must notice."""
         self._connection.abort()
 
+    def cancel(self) -> None:
+        """Cancel the task that answers the call, as if the client had left."""
+        self._connection.cancel(self)
+
     def _end(self) -> None:
         self.ended = True
         self._connection.over(self)
@@ -407,6 +411,10 @@ class _Connection(asyncio.Protocol):
         elif self._waiting:
             # Not here: the task of this call is still running.
             self._loop.call_soon(self._run_next)
+
+    def cancel(self, call: Call) -> None:
+        if self._call is call and self._task is not None:
+            self._task.cancel()
 
     def close(self) -> None:
         if self._transport is not None:

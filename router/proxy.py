@@ -269,12 +269,13 @@ class _Exchange:
         "_first_at",
         "_forwarded",
         "_heard_at",
+        "_leaving",
         "_number",
-        "_patience",
         "_proxy",
         "_response",
         "_route",
         "_stream",
+        "_waiting",
         "request_id",
         "worker",
     )
@@ -286,7 +287,7 @@ class _Exchange:
         self._began = proxy.clock()
         self._stream: PassedStream | ContinuedStream | None = None
         self._response: UpstreamResponse | None = None
-        self._patience: asyncio.Timeout | None = None
+        self._waiting = self._leaving = False
         self._asked_at = self._heard_at = self._first_at = self._began
         self._number = proxy.metrics.http_request(call.method, call.path)
         self._code = ""
@@ -339,9 +340,10 @@ class _Exchange:
 
     def leave_if_stalled(self, before: float, others: Sequence[Worker]) -> None:
         """Leave the worker if it has said nothing since then and one of the others can do it."""
-        if self._patience is not None:
-            if others and self._asked_at < before and not self._patience.expired():
-                self._patience.reschedule(asyncio.get_running_loop().time())
+        if self._waiting:
+            if others and self._asked_at < before and not self._leaving:
+                self._leaving = True
+                self._call.cancel()  # `_ask` makes a failed attempt of it
         elif (
             self._response is not None
             and self._heard_at < before
@@ -481,35 +483,40 @@ class _Exchange:
             body = with_fields(body, fields)
         response: UpstreamResponse | None = None
         self.worker, self._asked_at = worker, self._proxy.clock()
+        self._waiting = True
         try:
-            # Nobody knows how long an answer takes; `leave_if_stalled` may end the wait.
-            async with asyncio.timeout(None) as self._patience:
-                response = await self._proxy.upstream.request(
-                    worker.base_url,
-                    "POST",
-                    self._call.path,
-                    self._headers_for(worker),
-                    body,
-                    self._proxy.config.request_timeout_secs,
-                )
-                if self._stream is not None and _is_stream(response):
-                    return response, await response.chunk()
-                return response, await response.read()
+            response = await self._proxy.upstream.request(
+                worker.base_url,
+                "POST",
+                self._call.path,
+                self._headers_for(worker),
+                body,
+                self._proxy.config.request_timeout_secs,
+            )
+            if self._stream is not None and _is_stream(response):
+                return response, await response.chunk()
+            return response, await response.read()
         except UpstreamError as error:
             failure = failure_of(error, answering=response is not None)
-        except TimeoutError:
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            if not self._is_leaving(error):
+                raise
             failure = self._broken(worker.base_url, "it is unhealthy and does not answer")
-            if response is not None:
-                response.close()
-        except BaseException:
-            if response is not None:
-                response.close()
-            raise
         finally:
-            self._patience = None
+            self._waiting = False
         outcome = Outcome.FAILED if failure.reached else Outcome.ABSENT
         self._note(ticket, failure, outcome)
         return failure
+
+    def _is_leaving(self, error: BaseException) -> bool:
+        """Whether a cancellation is that of `leave_if_stalled`, which ends here."""
+        leaving, self._leaving = self._leaving, False
+        if not leaving or self._call.client_left or not isinstance(error, asyncio.CancelledError):
+            return False
+        task = asyncio.current_task()
+        return task is not None and task.uncancel() == 0
 
     def _headers_for(self, worker: Worker) -> HeaderList:
         if worker.api_key is None:

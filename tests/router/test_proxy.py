@@ -361,6 +361,30 @@ def test_a_worker_that_hangs_and_is_unhealthy_loses_its_requests(stream, monkeyp
     run(main)
 
 
+def test_a_client_that_leaves_a_worker_that_hangs_leaves_nothing_behind(monkeypatch):
+    """In the moment in which its request is to be taken elsewhere."""
+    monkeypatch.setattr("router.proxy.STALLED_S", 0.0)
+
+    async def main():
+        async with workers(2) as fleet, routed(urls(fleet), max_concurrent_requests=4) as server:
+            fleet[0].faults.hang = True
+            task = asyncio.create_task(server.client.post(COMPLETIONS, BODY))
+            await until(lambda: fleet[0].seen)
+            hung = server.registry.list()[0]
+            hung.health.healthy = False
+            server.proxy.worker_unhealthy(hung)
+            for connection in server.front.connections:
+                connection.abort()
+            with contextlib.suppress(Exception):
+                await task
+            await until(lambda: not server.front.num_running)
+            await until(lambda: server.limiter.num_running == 0)
+            assert [worker.in_flight for worker in server.registry.list()] == [0, 0]
+            await until(lambda: fleet[0].counts.in_flight == 0)
+
+    run(main)
+
+
 def test_an_error_of_the_router_itself_is_told(monkeypatch):
     async def main():
         async with workers(1) as fleet, routed(urls(fleet)) as server:
