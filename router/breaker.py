@@ -3,7 +3,8 @@
 Closed, it lets everything through. After so many failures in a row it opens and lets nothing
 through; after a while it is half open and lets a few requests through, to see. What began before
 the last change says nothing about the worker of now. Only the worker's own faults are failures: the
-caller decides what those are.
+caller decides what those are. A circuit that opened because nobody was there is half open as soon
+as somebody is; one whose worker was there and failed waits.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class CircuitBreaker:
         self._since = clock()
         self._era = 0
         self._running = 0
+        self._last_absent = False
         self.consecutive_failures = 0
         self.consecutive_successes = 0
 
@@ -62,6 +64,16 @@ class CircuitBreaker:
             return True
         return self.state == "half_open" and self._running < PROBES
 
+    @property
+    def absent(self) -> bool:
+        """Whether it is open, and the last thing known of the worker is that nobody was there."""
+        return self.state == "open" and self._last_absent
+
+    def present(self) -> None:
+        """Somebody answers health checks there: who, after an absence, is not who failed before."""
+        if self.absent:
+            self._change("half_open")
+
     def begin(self) -> int:
         """A request goes through; `end` must follow, with what is returned."""
         self._running += 1
@@ -78,11 +90,14 @@ class CircuitBreaker:
         self._succeed()
         return True
 
-    def end(self, era: int, success: bool | None, *, proved: bool = False) -> None:
+    def end(
+        self, era: int, success: bool | None, *, proved: bool = False, absent: bool = False
+    ) -> None:
         """It is over; a success of None says nothing about the worker.
 
         Args:
             proved: what `prove` said of it.
+            absent: it failed because nobody was there.
         """
         if era != self._era:
             return  # It is counted neither as a probe nor as an outcome any more.
@@ -96,6 +111,7 @@ class CircuitBreaker:
             return
         self.consecutive_successes = 0
         self.consecutive_failures += 1
+        self._last_absent = absent
         threshold = self._failure_threshold
         if threshold is None:
             return

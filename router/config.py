@@ -105,7 +105,9 @@ class RouterConfig:
         1800.0, "how long a worker may take to come up before its registration fails"
     )
     worker_startup_check_interval: float = _flag(
-        30.0, "seconds between two readings of the workers' reported loads"
+        30.0,
+        "policy power_of_two: seconds between two readings of the workers' reported loads, each of "
+        "which is believed for 5 s",
     )
     log_dir: str | None = _flag(None, "also log to a file there")
     log_level: str = _flag("info", "log level", choices=LOG_LEVELS)

@@ -105,9 +105,11 @@ class Discovery:
                 while True:
                     version = await self._watch(version)
             except _Expired:
-                continue
+                logger.info("Kubernetes at %s: the pods are listed anew.", self._url)
             except (UpstreamError, DiscoveryError, msgspec.DecodeError) as error:
                 logger.warning("Kubernetes at %s: %s", self._url, error)
+            except Exception:  # whatever it said: without this task no pod would be found any more
+                logger.exception("Kubernetes at %s", self._url)
             await asyncio.sleep(pause * random.uniform(1 - JITTER, 1 + JITTER))
             pause = min(2 * pause, MAX_PAUSE_S)
 

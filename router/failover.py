@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -52,13 +52,29 @@ class _Told(msgspec.Struct, gc=False):
 
 class _Delta(msgspec.Struct, gc=False):
     role: str | None = None
+    content: str | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     finish_reason: str | None = None
     token_ids: list[int] | None = None
+    text: str | None = None
     delta: _Delta | None = None
+
+
+class _WholeChoice(msgspec.Struct, gc=False):
+    text: str | None = None
+    message: _Delta | None = None
+
+
+class _Whole(msgspec.Struct, gc=False):
+    """A plain answer: that of completions or chat, or of /generate."""
+
+    usage: Usage | None = None
+    meta_info: Usage | None = None
+    text: str | None = None
+    choices: list[_WholeChoice] | None = None
 
 
 class _Error(msgspec.Struct, gc=False):
@@ -74,13 +90,24 @@ class _Chunk(msgspec.Struct, gc=False):
     error: _Error | None = None
 
 
+_TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Begun(msgspec.Struct, gc=False):
+    """An answer that the client itself goes on with."""
+
+    token_ids: list[_TokenId] | None = None
+    finished: bool | None = None
+
+
 class _Asked(msgspec.Struct, gc=False):
     """The fields of a request that decide whether and how its stream can go on."""
 
     seed: int | None = None
+    n: int | None = None
     return_token_ids: bool | None = None
     echo: bool | None = None
-    continue_from: list[dict[str, Any]] | None = None
+    continue_from: list[_Begun] | None = None
     stream_options: dict[str, Any] | None = None
 
 
@@ -92,18 +119,34 @@ class _Size(msgspec.Struct, gc=False):
 
 
 _TOLD = msgspec.json.Decoder(_Told)
+_WHOLE = msgspec.json.Decoder(_Whole)
 _CHUNK = msgspec.json.Decoder(_Chunk)
 _ASKED = msgspec.json.Decoder(_Asked)
 _SIZE = msgspec.json.Decoder(_Size)
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoders raise."""
 
 
 def usage_of(content: bytes) -> Usage | None:
     """The usage that a JSON answer or event tells, if it does."""
     try:
         told = _TOLD.decode(content)
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         return None
     return told.usage or told.meta_info
+
+
+def usage_and_text_of(content: bytes) -> tuple[Usage | None, str]:
+    """What a plain JSON answer cost, and the text of its first choice, empty if it has none."""
+    try:
+        whole = _WHOLE.decode(content)
+    except _UNREADABLE:
+        return usage_of(content), ""
+    text = whole.text
+    if text is None and whole.choices:
+        first = whole.choices[0]
+        text = first.message.content if first.message is not None else first.text
+    return whole.usage or whole.meta_info, text or ""
 
 
 class Events:
@@ -208,6 +251,7 @@ class ContinuedStream:
         "_num_tokens",
         "_opened",
         "_resumed",
+        "_text",
         "_told_total",
         "complete",
         "failure",
@@ -229,6 +273,7 @@ class ContinuedStream:
         self._num_tokens = 0
         self._lossy = False
         self._resumed = False
+        self._text: list[str] = []
         self._told_total = False
         self.usage: Usage | None = None
         self.num_events = 0
@@ -240,8 +285,8 @@ class ContinuedStream:
         if asked.seed is None:
             self.fields["seed"] = seed
         for index, begun in enumerate(asked.continue_from or ()):
-            self._answers[index] = array("q", begun.get("token_ids") or ())
-            if begun.get("finished"):
+            self._answers[index] = array("q", begun.token_ids or ())
+            if begun.finished:
                 self._finished.add(index)
 
     @classmethod
@@ -253,9 +298,19 @@ class ContinuedStream:
         """
         try:
             asked = _ASKED.decode(body)
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             return None  # the worker will say what is wrong with it
         return None if asked.echo else cls(body, asked, seed)
+
+    @property
+    def first_text(self) -> str:
+        """The text of the first answer so far; empty for one that is too long to be remembered."""
+        return "".join(self._text)
+
+    @property
+    def first_ids(self) -> list[int]:
+        """The tokens of the first answer so far, likewise."""
+        return list(self._answers.get(0, ()))
 
     @property
     def can_go_on(self) -> bool:
@@ -323,7 +378,7 @@ class ContinuedStream:
             return DONE
         try:
             chunk = _CHUNK.decode(content)
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             self.failure = "it sent an event that is no chunk"
             return b""
         if chunk.error is not None:
@@ -356,11 +411,15 @@ class ContinuedStream:
                 self._num_tokens += len(ids)
                 if self._num_tokens > MAX_TOKENS:
                     self._answers.clear()
+                    self._text.clear()
                 else:
                     answer = self._answers.get(choice.index)
                     if answer is None:
                         answer = self._answers[choice.index] = array("q")
                     answer.extend(ids)
+                    if not choice.index:
+                        text = choice.text if choice.delta is None else choice.delta.content
+                        self._text.append(text or "")
             if choice.finish_reason is not None:
                 self._finished.add(choice.index)
             if choice.delta is not None and choice.delta.role is not None:

@@ -2,7 +2,8 @@
 
 An answer that is ready costs one write, a piece of a stream another. It promises that a client that
 leaves cancels what was done for it, that one that does not read is not written to beyond a bounded
-buffer, that nobody holds a connection by sending nothing, and that a shutdown lets what runs end.
+buffer, that nobody holds a connection by sending or reading nothing, and that a shutdown lets what
+runs end and go out.
 `as_asgi` runs an ASGI application behind it.
 """
 
@@ -31,6 +32,8 @@ MAX_WAITING = 8
 KEEP_ALIVE_S = 75.0
 HEAD_S = 30.0
 """How long a request's headers may take to come."""
+STUCK_S = 300.0
+"""How long a client may take in nothing of an answer that waits for it."""
 SWEEP_S = 5.0
 LINGER_S = 0.5
 BACKLOG = 2048
@@ -146,6 +149,10 @@ class Call:
         """Cut the connection: the answer cannot be completed, and the client must notice."""
         self._connection.abort()
 
+    def cancel(self) -> None:
+        """Cancel the task that answers the call, as if the client had left."""
+        self._connection.cancel(self)
+
     def _end(self) -> None:
         self.ended = True
         self._connection.over(self)
@@ -171,7 +178,7 @@ class Front:
 
     @property
     def num_running(self) -> int:
-        """Calls that are not answered yet."""
+        """Calls whose answers are not ready, or have not gone out yet."""
         return sum(connection.busy for connection in self.connections)
 
     async def listen(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
@@ -209,6 +216,7 @@ class Front:
         now = time.monotonic()
         for connection in list(self.connections):
             connection.close_if_unused(now)
+            connection.abort_if_stuck(now)
         self._sweep = asyncio.get_running_loop().call_later(SWEEP_S, self._close_unused)
 
 
@@ -229,6 +237,8 @@ class _Connection(asyncio.Protocol):
         "_size",
         "_task",
         "_transport",
+        "_unread",
+        "_unread_since",
         "_url",
         "_waiting",
         "full",
@@ -253,6 +263,8 @@ class _Connection(asyncio.Protocol):
         self._in_head = True
         self._paused = False
         self._refused = False
+        self._unread = 0
+        self._unread_since = 0.0
         self.full: asyncio.Future[None] | None = None
         self.old_http = False
         self.peer: tuple[str, int] | None = None
@@ -260,7 +272,12 @@ class _Connection(asyncio.Protocol):
 
     @property
     def busy(self) -> bool:
-        return self._call is not None
+        """Something of an answer is still to come, or to go out."""
+        return self._call is not None or bool(self._waiting) or self._num_unsent > 0
+
+    @property
+    def _num_unsent(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     # asyncio.Protocol
 
@@ -320,6 +337,7 @@ class _Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._url, self._headers, self._body = b"", [], []
         self._size = 0
+        self.idle_since = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -347,6 +365,7 @@ class _Connection(asyncio.Protocol):
             self._refuse_body()
         elif not self._refused:
             self._body.append(data)
+            self.idle_since = time.monotonic()
 
     def on_message_complete(self) -> None:
         self._in_head = True
@@ -393,6 +412,10 @@ class _Connection(asyncio.Protocol):
             # Not here: the task of this call is still running.
             self._loop.call_soon(self._run_next)
 
+    def cancel(self, call: Call) -> None:
+        if self._call is call and self._task is not None:
+            self._task.cancel()
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
@@ -402,16 +425,24 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def close_if_idle(self) -> None:
-        if self._call is None and not self._waiting:
+        if not self.busy:
             self.close()
 
     def close_if_unused(self, now: float) -> None:
         """Idle for long, or a request that does not get on."""
-        if self._call is not None:
+        if self.busy:
             return
         limit = HEAD_S if self._head_size else KEEP_ALIVE_S
         if now - self.idle_since > limit:
             self.close()
+
+    def abort_if_stuck(self, now: float) -> None:
+        """Its client takes in nothing: whoever waits for that must not wait for ever."""
+        num = self._num_unsent
+        if num != self._unread:
+            self._unread, self._unread_since = num, now
+        elif num and now - self._unread_since > STUCK_S:
+            self.abort()
 
     def _run_next(self) -> None:
         if self._call is None and self._waiting:

@@ -58,6 +58,7 @@ class RouterMetrics:
         self._make_router()
         self._make_workers()
         self._make_cache()
+        self._make_policies()
         self.registry.register(_Computed(self))
         # Memory, processor time and open files of this process.
         ProcessCollector(registry=self.registry)
@@ -194,6 +195,11 @@ class RouterMetrics:
         self._active = self._gauge(
             "smg_worker_requests_active", "Requests that run on a worker.", "worker"
         )
+        self._keys_active = self._gauge(
+            "smg_worker_routing_keys_active",
+            "Different routing keys of the requests that run on a worker.",
+            "worker",
+        )
         self._health = self._gauge("smg_worker_health", "1 healthy, 0 not, -1 removed.", "worker")
         self._checks = self._counter(
             "smg_worker_health_checks", "Health checks.", "worker_type", "result"
@@ -254,6 +260,10 @@ class RouterMetrics:
         """So many requests run on a worker now."""
         self._get(self._active, worker).set(num)
 
+    def routing_keys_active(self, worker: str, num: int) -> None:
+        """The requests that run on a worker have so many routing keys."""
+        self._get(self._keys_active, worker).set(num)
+
     def in_flight(self, loads: Sequence[int]) -> None:
         """So many requests run now, worker by worker; each has a connection of its own."""
         self._get(self._connections, *WORKER.values()).set(sum(loads))
@@ -268,7 +278,10 @@ class RouterMetrics:
         """Its gauges say so; its series stay, as scrapers expect."""
         self._get(self._health, worker).set(REMOVED)
         self._get(self._cb_state, worker).set(REMOVED)
-        for gauge in (self._active, self._cb_failures, self._cb_successes, self._tree):
+        for gauge in (
+            *(self._active, self._keys_active),
+            *(self._cb_failures, self._cb_successes, self._tree),
+        ):
             self._get(gauge, worker).set(0)
         self._cached.pop(worker, None)
 
@@ -365,6 +378,27 @@ class RouterMetrics:
     def tree(self, worker: str, blocks: int) -> None:
         """So many blocks are known of a worker."""
         self._get(self._tree, worker).set(blocks)
+
+    # how the policies that go by keys choose
+
+    def _make_policies(self) -> None:
+        self._keys = self._gauge(
+            "smg_manual_policy_cache_entries", "Routing keys that the policy manual remembers."
+        )
+        self._branches = {
+            policy: self._counter(
+                f"smg_{policy}_policy_branch", f"Choices of the policy {policy}, by way.", "branch"
+            )
+            for policy in ("manual", "consistent_hashing", "prefix_hash")
+        }
+
+    def routing_keys(self, num: int) -> None:
+        """The policy manual remembers so many keys."""
+        self._get(self._keys).set(num)
+
+    def branch(self, policy: str, branch: str) -> None:
+        """A choice went this way."""
+        self._get(self._branches[policy], branch).inc()
 
     # making and binding
 

@@ -3,7 +3,8 @@
 Every server is asked for its health at the interval of its workers, all its ranks by one question,
 and a worker changes sides by `HealthState` alone: traffic that fails makes nobody unhealthy. A
 worker that became unhealthy is thought to have lost its cache, and is asked what it is when it is
-back. Reported loads are kept with their time, and dropped where a server does not tell any.
+back; so is one that nobody could connect to until its circuit opened. Reported loads are kept with
+their time, and dropped where a server does not tell any.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 
 from router.config import RouterConfig
 from router.metrics import RouterMetrics
-from router.registration import Registration, bearer
+from router.registration import NOT_JSON, Registration, bearer
 from router.routing import Router
 from router.upstream import Upstream, UpstreamError, probe
 from router.workers import ReportedLoad, Worker, WorkerRegistry
@@ -26,6 +27,8 @@ from router.workers import ReportedLoad, Worker, WorkerRegistry
 TICK_S = 0.1
 """How exact the intervals are."""
 LOAD_TIMEOUT_S = 5.0
+RETURN_CHECK_S = 1.0
+"""Between two looks whether a worker that was not there is back."""
 
 logger = logging.getLogger("meshserve.router")
 
@@ -62,6 +65,7 @@ class Monitor:
         self._asking: set[asyncio.Task[None]] = set()
         self._due: dict[str, float] = {}
         self._busy: set[str] = set()
+        self._missed: set[str] = set()
 
     async def start(self) -> None:
         """Begin to watch."""
@@ -81,10 +85,12 @@ class Monitor:
     def update_gauges(self) -> None:
         """Bring the gauges of all workers up to date, before they are read."""
         self._metrics.in_flight([worker.in_flight for worker in self._registry.list()])
+        self._metrics.routing_keys(self._router.num_routing_keys)
         for worker in self._registry.list():
             breaker, metrics = worker.breaker, self._metrics
             metrics.worker_health(worker.url, worker.health.healthy)
             metrics.requests_active(worker.url, worker.in_flight)
+            metrics.routing_keys_active(worker.url, len(worker.routing_keys))
             metrics.breaker(
                 worker.url,
                 breaker.state,
@@ -119,6 +125,7 @@ class Monitor:
         servers = self._registry.servers()
         for ranks in servers:
             worker = ranks[0]
+            self._look_for(worker, ranks)
             # Registered is asked: the first check comes an interval later.
             due = self._due.setdefault(worker.id, now + worker.health_check_interval_secs)
             # An interval that was shortened counts at once.
@@ -146,6 +153,29 @@ class Monitor:
                 if rank is worker and success:
                     await self._registration.refresh(worker)
 
+    def _look_for(self, worker: Worker, ranks: Sequence[Worker]) -> None:
+        """Begin to look for a server that nobody could connect to."""
+        if worker.disable_health_check or worker.id in self._missed:
+            return
+        if any(rank.breaker.absent for rank in ranks):
+            self._missed.add(worker.id)
+            self._spawn(self._await_return(worker))
+
+    async def _await_return(self, worker: Worker) -> None:
+        """Try a server again as soon as it answers; these are no health checks."""
+        try:
+            while any(rank.breaker.absent for rank in self._registry.of_server(worker.base_url)):
+                if await self._problem(worker) is None:
+                    logger.info("Worker %s is there again.", worker.base_url)
+                    for rank in self._registry.of_server(worker.base_url):
+                        self._router.flushed(rank)
+                        rank.breaker.present()
+                    await self._registration.refresh(worker)
+                else:
+                    await asyncio.sleep(RETURN_CHECK_S)
+        finally:
+            self._missed.discard(worker.id)
+
     def _changed(self, worker: Worker) -> None:
         healthy = worker.health.healthy
         self._metrics.worker_health(worker.url, healthy)
@@ -158,14 +188,17 @@ class Monitor:
         self._router.flushed(worker)
         self._on_unhealthy(worker)
 
-    async def _is_well(self, worker: Worker) -> bool:
-        problem = await probe(
+    async def _problem(self, worker: Worker) -> str | None:
+        return await probe(
             self._upstream,
             worker.base_url,
             self._config.health_check_endpoint,
             bearer(worker.api_key),
             timeout=worker.health_check_timeout_secs,
         )
+
+    async def _is_well(self, worker: Worker) -> bool:
+        problem = await self._problem(worker)
         if problem is not None:
             logger.info("Health check of %s: %s", worker.base_url, problem)
         return problem is None
@@ -187,7 +220,7 @@ class Monitor:
                 content = await response.read()
                 if response.status == 200:
                     return _loads(msgspec.json.decode(content))
-        except (UpstreamError, msgspec.DecodeError) as error:
+        except (UpstreamError, *NOT_JSON) as error:
             logger.info("Load of %s: %s", worker.base_url, error)
         return None
 

@@ -2,8 +2,9 @@
 
 It promises that a request is repeated as long as the client has seen nothing of an answer, on
 another worker if there is one; that a stream that breaks goes on elsewhere where workers can do
-that, and otherwise ends with an error event; that a client that leaves takes its request with it;
-and that the router's books (`Ticket`, `Permit`) are closed once for each request, on every path.
+that, and otherwise ends with an error event; that a worker that hangs and is found unhealthy keeps
+no request that another one could answer; that a client that leaves takes its request with it; and
+that the router's books (`Ticket`, `Permit`) are closed once for each request, on every path.
 """
 
 from __future__ import annotations
@@ -21,12 +22,20 @@ from typing import Any
 import msgspec
 
 from router.config import RouterConfig
-from router.failover import DONE, ContinuedStream, PassedStream, Usage, error_event, usage_of
+from router.failover import (
+    DONE,
+    ContinuedStream,
+    PassedStream,
+    Usage,
+    error_event,
+    usage_and_text_of,
+    usage_of,
+)
 from router.front import Call, HeaderList
 from router.limits import Limiter, RateLimited
 from router.metrics import RouterMetrics
 from router.request import BadRequest, RoutedRequest, with_fields
-from router.retry import backoff_s
+from router.retry import backoff_s, retry_after_s
 from router.routing import Outcome, Router, Ticket
 from router.upstream import ConnectFailed, TimedOut, Upstream, UpstreamError, UpstreamResponse
 from router.workers import Worker, WorkerRegistry
@@ -38,7 +47,7 @@ SEED_BITS = 31
 CLIENT_LEFT = 499
 """What is counted for a client that hung up; nobody receives it."""
 STALLED_S = 5.0
-"""A stream of an unhealthy worker that has said nothing for so long is taken elsewhere."""
+"""A request of which an unhealthy worker has said nothing for so long is taken elsewhere."""
 MAX_REMEMBERED = 1_024
 """Workers of which it is known when a stream broke there."""
 TAIL_S = 1.0
@@ -80,17 +89,23 @@ class Route:
         endpoint: its name in metrics.
         id_prefix: how request ids made here begin.
         can_continue: its streams can go on on another worker.
+        says_done: the last event of its streams is [DONE].
     """
 
     endpoint: str
     id_prefix: str = "req-"
     can_continue: bool = False
+    says_done: bool = False
 
 
 ROUTES = {
-    "/v1/completions": Route(endpoint="completions", id_prefix="cmpl-", can_continue=True),
-    "/v1/chat/completions": Route(endpoint="chat", id_prefix="chatcmpl-", can_continue=True),
-    "/generate": Route(endpoint="generate", id_prefix="gnt-"),
+    "/v1/completions": Route(
+        endpoint="completions", id_prefix="cmpl-", can_continue=True, says_done=True
+    ),
+    "/v1/chat/completions": Route(
+        endpoint="chat", id_prefix="chatcmpl-", can_continue=True, says_done=True
+    ),
+    "/generate": Route(endpoint="generate", id_prefix="gnt-", says_done=True),
     "/v1/responses": Route(endpoint="responses", id_prefix="resp-"),
     "/v1/embeddings": Route(endpoint="embeddings"),
     "/v1/rerank": Route(endpoint="rerank"),
@@ -119,6 +134,7 @@ class Failure:
         answer: the worker's own answer (headers and body), where there is one.
         reached: the worker may have seen the request.
         final: another attempt would not help.
+        retry_after_s: how long the worker asks to be left alone.
     """
 
     status: int
@@ -127,6 +143,7 @@ class Failure:
     answer: tuple[HeaderList, bytes] | None = None
     reached: bool = True
     final: bool = False
+    retry_after_s: float = 0.0
 
 
 NO_WORKER = Failure(
@@ -187,7 +204,7 @@ class Proxy:
         self.answer_headers = answer_headers
         self.rng = rng
         self.clock = clock
-        self._streams: set[_Exchange] = set()
+        self._exchanges: set[_Exchange] = set()
         self._broke_at: dict[str, float] = {}
         self.max_attempts = 1 if config.disable_retries else max(1, config.retry_max_retries)
         self.id_headers = {
@@ -197,19 +214,35 @@ class Proxy:
     async def handle(self, call: Call) -> None:
         """Answer one call to a path of `ROUTES`."""
         exchange = _Exchange(self, call)
+        self._exchanges.add(exchange)
         try:
             await exchange.run()
+        except Exception:
+            logger.exception("Request %s", exchange.request_id.decode("latin-1"))
+            exchange.give_up()
         finally:
+            self._exchanges.discard(exchange)
             exchange.close()
 
     def worker_unhealthy(self, worker: Worker) -> None:
         """A worker stopped answering health checks: its connections may stay open for ever.
 
-        Streams that can go on elsewhere do, if they stand still.
+        What stands still there and can go on elsewhere does, now or later, as long as the worker is
+        unhealthy.
         """
+        theirs = [each for each in self._exchanges if each.worker is worker]
+        if not theirs:
+            return
+        model = worker.model_id if self.config.enable_igw else None
+        others = [w for w in self.registry.available(model) if w.base_url != worker.base_url]
         before = self.clock() - STALLED_S
-        for exchange in [each for each in self._streams if each.worker is worker]:
-            exchange.interrupt_if_stalled(before)
+        for exchange in theirs:
+            exchange.leave_if_stalled(before, others)
+        asyncio.get_running_loop().call_later(STALLED_S, self._look_again, worker)
+
+    def _look_again(self, worker: Worker) -> None:
+        if not worker.health.healthy:
+            self.worker_unhealthy(worker)
 
     def blame(self, worker: Worker, asked_at: float) -> Outcome:
         """What a stream that broke means for its worker.
@@ -224,13 +257,6 @@ class Proxy:
         self._broke_at[worker.url] = self.clock()
         return Outcome.FAILED
 
-    def streaming(self, exchange: _Exchange, *, begins: bool) -> None:
-        """A stream that can go on elsewhere begins or ends."""
-        if begins:
-            self._streams.add(exchange)
-        else:
-            self._streams.discard(exchange)
-
 
 class _Exchange:
     """One client's request, from its headers to the last byte of its answer."""
@@ -243,11 +269,13 @@ class _Exchange:
         "_first_at",
         "_forwarded",
         "_heard_at",
+        "_leaving",
         "_number",
         "_proxy",
         "_response",
         "_route",
         "_stream",
+        "_waiting",
         "request_id",
         "worker",
     )
@@ -259,6 +287,7 @@ class _Exchange:
         self._began = proxy.clock()
         self._stream: PassedStream | ContinuedStream | None = None
         self._response: UpstreamResponse | None = None
+        self._waiting = self._leaving = False
         self._asked_at = self._heard_at = self._first_at = self._began
         self._number = proxy.metrics.http_request(call.method, call.path)
         self._code = ""
@@ -296,9 +325,31 @@ class _Exchange:
         metrics = self._proxy.metrics
         metrics.http_response(self._number, call.method, call.path, status, self._code)
 
-    def interrupt_if_stalled(self, before: float) -> None:
-        """Give up the worker's stream if it has said nothing since then."""
-        if self._response is not None and self._heard_at < before:
+    def give_up(self) -> None:
+        """The router itself failed: the client is told."""
+        call = self._call
+        self._proxy.metrics.router_error("unknown", self._route.endpoint, "internal_error")
+        message = "The router failed; its log says how."
+        if call.ended or call.client_left:
+            return
+        if self._response is not None:
+            call.end(error_event("internal_error", 500, message))
+        elif not call.status:
+            self._code = "internal_error"
+            call.answer(500, [JSON], error_body(500, "internal_error", message))
+
+    def leave_if_stalled(self, before: float, others: Sequence[Worker]) -> None:
+        """Leave the worker if it has said nothing since then and one of the others can do it."""
+        if self._waiting:
+            if others and self._asked_at < before and not self._leaving:
+                self._leaving = True
+                self._call.cancel()  # `_ask` makes a failed attempt of it
+        elif (
+            self._response is not None
+            and self._heard_at < before
+            and isinstance(self._stream, ContinuedStream)
+            and any(worker.supports_continuation for worker in others)
+        ):
             self._response.interrupt("the worker is unhealthy and the stream stands still")
 
     # the request
@@ -343,7 +394,7 @@ class _Exchange:
         failure = NO_WORKER
         for attempt in range(proxy.max_attempts):
             if attempt:
-                await self._back_off(attempt)
+                await self._back_off(request, attempt, failed, failure)
             ticket = self._begin(request, failed)
             if ticket is None:
                 failure = NO_WORKER
@@ -360,9 +411,14 @@ class _Exchange:
             proxy.metrics.retries_exhausted(request.endpoint)
         self._fail(request, failure)
 
-    async def _back_off(self, attempt: int) -> None:
+    async def _back_off(
+        self, request: RoutedRequest, attempt: int, failed: Sequence[Worker], failure: Failure
+    ) -> None:
         proxy = self._proxy
-        seconds = backoff_s(proxy.config, attempt - 1, proxy.rng)
+        wait = failure.retry_after_s
+        if wait and proxy.router.candidates(request, failed):
+            wait = 0.0  # others were not asked yet
+        seconds = backoff_s(proxy.config, attempt - 1, proxy.rng, wait)
         proxy.metrics.retry(self._route.endpoint)
         proxy.metrics.backoff(attempt, seconds)
         await asyncio.sleep(seconds)
@@ -399,7 +455,7 @@ class _Exchange:
         response, content = asked
         if self._stream is None or not _is_stream(response):
             return self._pass_answer(request, ticket, response, content)
-        if not content and isinstance(self._stream, ContinuedStream):
+        if not content:
             return self._lost(ticket, "Its stream ended before it began.")
         await self._pass_stream(request, ticket, response, content)
         return None
@@ -426,7 +482,8 @@ class _Exchange:
         if fields:
             body = with_fields(body, fields)
         response: UpstreamResponse | None = None
-        self._asked_at = self._proxy.clock()
+        self.worker, self._asked_at = worker, self._proxy.clock()
+        self._waiting = True
         try:
             response = await self._proxy.upstream.request(
                 worker.base_url,
@@ -441,12 +498,25 @@ class _Exchange:
             return response, await response.read()
         except UpstreamError as error:
             failure = failure_of(error, answering=response is not None)
-            self._note(ticket, failure)
-            return failure
-        except BaseException:
+        except BaseException as error:
             if response is not None:
                 response.close()
-            raise
+            if not self._is_leaving(error):
+                raise
+            failure = self._broken(worker.base_url, "it is unhealthy and does not answer")
+        finally:
+            self._waiting = False
+        outcome = Outcome.FAILED if failure.reached else Outcome.ABSENT
+        self._note(ticket, failure, outcome)
+        return failure
+
+    def _is_leaving(self, error: BaseException) -> bool:
+        """Whether a cancellation is that of `leave_if_stalled`, which ends here."""
+        leaving, self._leaving = self._leaving, False
+        if not leaving or self._call.client_left or not isinstance(error, asyncio.CancelledError):
+            return False
+        task = asyncio.current_task()
+        return task is not None and task.uncancel() == 0
 
     def _headers_for(self, worker: Worker) -> HeaderList:
         if worker.api_key is None:
@@ -455,11 +525,7 @@ class _Exchange:
         return [*own, (b"authorization", b"Bearer " + worker.api_key.encode())]
 
     def _lost(self, ticket: Ticket, message: str) -> Failure:
-        failure = Failure(
-            status=500,
-            code="read_response_body_failed",
-            message=f"Worker {ticket.worker.base_url}: {message}",
-        )
+        failure = self._broken(ticket.worker.base_url, message)
         self._note(ticket, failure)
         return failure
 
@@ -486,10 +552,13 @@ class _Exchange:
                 code="worker_error",
                 message=phrase,
                 answer=(response.headers, content),
+                retry_after_s=retry_after_s(response.header(b"retry-after")),
             )
         if status < 400:
             ticket.first_token()
-            self._count(request, ticket, usage_of(content), 0)
+            usage, text = self._read_answer(request, content)
+            self._count(request, ticket, usage, 0)
+            ticket.answered(text)
             ticket.end(Outcome.OK)
         else:
             ticket.end(Outcome.NEUTRAL)
@@ -508,8 +577,6 @@ class _Exchange:
         ticket.first_token()
         proxy.metrics.ttft(request.model, request.endpoint, self._first_at - self._began)
         recovery = _Recovery(self, request, stream)
-        if isinstance(stream, ContinuedStream):
-            proxy.streaming(self, begins=True)
         try:
             while True:
                 failure = await self._pump(ticket, response, first)
@@ -534,7 +601,6 @@ class _Exchange:
                 ticket, response, first = again
                 ticket.first_token()
         finally:
-            proxy.streaming(self, begins=False)
             response.close()
             ticket.end(Outcome.NEUTRAL)
 
@@ -558,24 +624,28 @@ class _Exchange:
                 if out:
                     await self._call.send(out)
                 if stream.failure is not None:
-                    return self._break(response, stream.failure)
+                    return self._broken(response.url, stream.failure)
                 data = await response.chunk()
         except UpstreamError as error:
             if stream.complete:
                 self._call.end(b"")  # only the connection's end was missing
                 return None
             return failure_of(error, answering=True)
-        if continued:
-            return self._break(response, "the stream ended without [DONE]")
+        if continued or (self._route.says_done and not response.framed and not stream.complete):
+            return self._broken(response.url, "the stream ended without [DONE]")
         self._call.end(stream.rest())
         return None
 
-    def _break(self, response: UpstreamResponse, reason: str) -> Failure:
+    def _broken(self, url: str, reason: str) -> Failure:
         return Failure(
-            status=500,
-            code="read_response_body_failed",
-            message=f"Worker {response.url}: {reason}",
+            status=500, code="read_response_body_failed", message=f"Worker {url}: {reason}"
         )
+
+    def _read_answer(self, request: RoutedRequest, content: bytes) -> tuple[Usage | None, str]:
+        """The usage of a plain answer, and its text if that is of use to the policy."""
+        if self._proxy.router.remembers and not request.by_ids:
+            return usage_and_text_of(content)
+        return usage_of(content), ""
 
     def _count_stream(
         self,
@@ -585,6 +655,9 @@ class _Exchange:
     ) -> None:
         """A stream came to its end."""
         num = self._count(request, ticket, stream.usage, stream.num_events)
+        # Reading the text of a stream that only passes would cost each event as much as passing it.
+        if isinstance(stream, ContinuedStream) and self._proxy.router.remembers:
+            ticket.answered(stream.first_ids if request.by_ids else stream.first_text)
         seconds = self._proxy.clock() - self._first_at
         self._proxy.metrics.generation(request.model, request.endpoint, seconds, num)
 

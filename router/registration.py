@@ -43,6 +43,9 @@ LABELS = (
 )
 """What a server says of itself that becomes its labels."""
 
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What reading a server's answer as JSON may raise."""
+
 logger = logging.getLogger("meshserve.router")
 
 State = Literal["pending", "processing", "failed"]
@@ -407,7 +410,7 @@ class Registration:
                         told = msgspec.json.decode(content)
                         return told if isinstance(told, dict) else {}
                 return {}
-            except msgspec.DecodeError:
+            except NOT_JSON:
                 return {}
             except UpstreamError:
                 if i + 1 < INFO_TRIES:

@@ -80,14 +80,18 @@ class RoutedRequest:
         stream: the answer is a stream.
         blocks: the routing key, see the module.
         num_chars: length of the whole key, and of the other prompts if there are several.
+        by_ids: the key is token ids.
         routing_key: who is to get the same worker again, by the client's header.
         target: index of the worker that the client's header names.
         implicit_key: what tells clients apart that give no key.
     """
 
     __slots__ = (
+        "_chain",
+        "_tail",
         "blocks",
         "body",
+        "by_ids",
         "endpoint",
         "implicit_key",
         "model",
@@ -115,6 +119,9 @@ class RoutedRequest:
         self.stream = stream
         self.blocks = blocks
         self.num_chars = num_chars
+        self.by_ids = False
+        self._chain = 0
+        self._tail: str | list[Any] = ""
         self.routing_key: str | None = None
         self.target: str | None = None
         self.implicit_key: str | None = None
@@ -135,6 +142,7 @@ class RoutedRequest:
         model, key = fields.model, _key(fields)
         salt = (model, fields.cache_salt, fields.extra_key)
         seed = hash(salt) if all(s is None or isinstance(s, str) for s in salt) else 0
+        by_ids = not isinstance(key, str)
         if isinstance(key, str):
             blocks, num_chars = text_blocks(key, seed), len(key)
         else:
@@ -150,12 +158,38 @@ class RoutedRequest:
             blocks=blocks,
             num_chars=num_chars,
         )
+        request.by_ids = by_ids
+        request._chain = blocks[-1] if blocks else _first_link(seed, by_ids)
+        end = block_end(len(blocks) - 1) if blocks else 0
+        request._tail = key[end // CHARS_PER_ID if by_ids else end :]
         if isinstance(model, str) and model:
             request.model = model
         else:
             request.model = NO_MODEL.get(request.endpoint, "unknown")
         request._read_headers(headers)
         return request
+
+    def blocks_with(self, answer: str | Sequence[int]) -> tuple[int, ...]:
+        """The blocks of the prompt and its answer: how the next request of a conversation begins.
+
+        Args:
+            answer: token ids if the prompt is `by_ids`, else text.
+        """
+        if self.endpoint == "chat" and isinstance(answer, str):
+            answer = f"{_turn('assistant')}{answer}"
+        rest = [*self._tail, *answer] if self.by_ids else f"{self._tail}{answer}"
+        blocks, chain, at = list(self.blocks), self._chain, 0
+        while True:
+            long = len(blocks) >= BLOCKS_OF_FIRST_SIZE
+            size = LONG_BLOCK_CHARS if long else BLOCK_CHARS
+            if self.by_ids:
+                size //= CHARS_PER_ID
+            if at + size > len(rest):
+                return tuple(blocks)
+            piece = rest[at : at + size]
+            chain = hash((chain, piece)) if isinstance(piece, str) else hash((chain, *piece))
+            blocks.append(chain)
+            at += size
 
     def _read_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         for name, value in headers:
@@ -189,7 +223,7 @@ def text_blocks(text: str, seed: int = 0) -> tuple[int, ...]:
 
 def id_blocks(ids: Sequence[Any], seed: int = 0) -> tuple[int, ...]:
     """The hashes of the full blocks of a list of token ids."""
-    blocks, chain, start = [], hash((seed, "ids")), 0
+    blocks, chain, start = [], _first_link(seed, True), 0
     for index in range(len(ids) // (BLOCK_CHARS // CHARS_PER_ID) + 1):
         end = block_end(index) // CHARS_PER_ID
         if end > len(ids):
@@ -198,6 +232,11 @@ def id_blocks(ids: Sequence[Any], seed: int = 0) -> tuple[int, ...]:
         blocks.append(chain)
         start = end
     return tuple(blocks)
+
+
+def _first_link(seed: int, by_ids: bool) -> int:
+    """What the chain of blocks begins with: ids are never text."""
+    return hash((seed, "ids")) if by_ids else seed
 
 
 def with_fields(body: bytes, fields: dict[str, Any]) -> bytes:
@@ -266,7 +305,7 @@ def _conversation(messages: Any) -> str:
         if not isinstance(message, dict):
             parts.append(_text(message))
             continue
-        parts.append(f"\x02{message.get('role')}\x03")
+        parts.append(_turn(message.get("role")))
         content = message.get("content")
         if isinstance(content, str):
             parts.append(content)
@@ -277,6 +316,11 @@ def _conversation(messages: Any) -> str:
             if value is not None:
                 parts.append(_text(value))
     return "".join(parts)
+
+
+def _turn(role: Any) -> str:
+    """What a message begins with."""
+    return f"\x02{role}\x03"
 
 
 def _part(part: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from email.utils import parsedate_to_datetime
 
 from router.config import RouterConfig
 
@@ -23,3 +25,16 @@ def backoff_s(
     jitter = config.retry_jitter_factor
     pause *= 1 + rng.uniform(-jitter, jitter)
     return max(pause, min(retry_after_s * 1000, most)) / 1000
+
+
+def retry_after_s(value: bytes | None) -> float:
+    """Seconds that a Retry-After header names, as a number or a date; 0 if it names none."""
+    if value is None:
+        return 0.0
+    text = value.decode("latin-1").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0

@@ -46,6 +46,8 @@ RING_POINTS = 64
 MAX_ROUTING_KEYS = 1 << 20
 MAX_KEY_CHARS = 128
 """Of a routing key as it is remembered; of a longer one, its digest is."""
+BRANCHED = frozenset({"manual", "consistent_hashing", "prefix_hash"})
+"""Policies whose metrics tell the way that each choice took."""
 FRESH_S = 5.0
 """A reported load that is older says nothing about now."""
 
@@ -55,13 +57,21 @@ class Outcome(Enum):
 
     OK = "ok"
     FAILED = "failed"
+    ABSENT = "absent"
+    """Nobody is there: no connection came about."""
     BUSY = "busy"
     """It is full, not broken."""
     NEUTRAL = "neutral"
     """The client's fault, or the client left."""
 
 
-_SUCCESS = {Outcome.OK: True, Outcome.FAILED: False, Outcome.BUSY: None, Outcome.NEUTRAL: None}
+_SUCCESS = {
+    Outcome.OK: True,
+    Outcome.FAILED: False,
+    Outcome.ABSENT: False,
+    Outcome.BUSY: None,
+    Outcome.NEUTRAL: None,
+}
 
 
 class RoutingMetrics(Protocol):
@@ -74,6 +84,8 @@ class RoutingMetrics(Protocol):
     def expected(self, worker: str, hit_tokens: int, prompt_tokens: int) -> None: ...
 
     def rebalanced(self) -> None: ...
+
+    def branch(self, policy: str, branch: str) -> None: ...
 
     def breaker_outcome(self, worker: str, outcome: str) -> None: ...
 
@@ -122,6 +134,9 @@ class Ticket:
         self._proved = False
         self._open = True
         worker.in_flight += 1
+        key = request.routing_key
+        if key is not None:
+            worker.routing_keys[key] = worker.routing_keys.get(key, 0) + 1
         worker.backlog_tokens += self._backlog
         self._era = worker.breaker.begin()
 
@@ -130,6 +145,13 @@ class Ticket:
         self._computed = True
         self._proved = self._proved or self.worker.breaker.prove(self._era)
         self._close_backlog()
+
+    def _release_key(self) -> None:
+        keys, key = self.worker.routing_keys, self._request.routing_key
+        if key is not None:
+            keys[key] -= 1
+            if not keys[key]:
+                del keys[key]
 
     def _close_backlog(self) -> None:
         worker = self.worker
@@ -153,6 +175,10 @@ class Ticket:
                 self.worker, self._request, self._depth, cached_tokens, alone=self._alone
             )
 
+    def answered(self, answer: str | Sequence[int]) -> None:
+        """The whole answer: text, or token ids for a prompt of those. It is cached as well."""
+        self._router._remember_answer(self.worker, self._request, answer)
+
     def end(self, outcome: Outcome) -> None:
         """The attempt is over; only the first call counts."""
         if not self._open:
@@ -160,10 +186,12 @@ class Ticket:
         self._open = False
         self._close_backlog()
         self.worker.in_flight -= 1
+        self._release_key()
         if not self._computed and outcome is not Outcome.OK:
             self._router._not_computed(self.worker, self._request, self._depth)
         success = _SUCCESS[outcome]
-        self.worker.breaker.end(self._era, success, proved=self._proved)
+        absent = outcome is Outcome.ABSENT
+        self.worker.breaker.end(self._era, success, proved=self._proved, absent=absent)
         if success is not None:
             self._router.metrics.breaker_outcome(
                 self.worker.url, "success" if success else "failure"
@@ -195,13 +223,16 @@ class Router:
         self._ratios: dict[str, _Ratio] = {}
         self._free_bits: list[int] = []
         self._num_bits = 0
-        self._policy = _make_policy(config, self.index, self.chars_per_token, registry, clock, rng)
+        self._policy = _make_policy(
+            config, self.index, self.chars_per_token, registry, metrics, clock, rng
+        )
 
     def begin(self, request: RoutedRequest, exclude: Collection[Worker] = ()) -> Ticket | None:
         """Give a request to a worker; None if there is none that may have it."""
-        model = request.model if self._config.enable_igw else None
-        candidates = self._registry.available(model, exclude)
+        candidates = self.candidates(request, exclude)
         if not candidates:
+            if self._config.policy in BRANCHED:
+                self.metrics.branch(self._config.policy, "no_healthy_workers")
             return None
         choice = self._policy.choose(candidates, request)
         if choice is None:
@@ -221,14 +252,31 @@ class Router:
             self.index.insert(worker.bit, request.blocks, self._clock())
         return ticket
 
+    def candidates(
+        self, request: RoutedRequest, exclude: Collection[Worker] = ()
+    ) -> Sequence[Worker]:
+        """The workers that may have a request now."""
+        model = request.model if self._config.enable_igw else None
+        return self._registry.available(model, exclude)
+
     def tokens(self, num_chars: float, model: str = UNKNOWN_MODEL) -> float:
         """Estimated tokens of so many characters, for the workers of a model."""
         return num_chars / self.chars_per_token(model)
+
+    @property
+    def num_routing_keys(self) -> int:
+        """Keys that the policy manual remembers."""
+        return len(self._policy) if isinstance(self._policy, StickyKeys) else 0
 
     def chars_per_token(self, model: str) -> float:
         """By what the workers of a model have counted lately."""
         ratio = self._ratios.get(model)
         return FIRST_CHARS_PER_TOKEN if ratio is None else ratio.value
+
+    @property
+    def remembers(self) -> bool:
+        """Whether prompts and answers are of use to the policy."""
+        return self._remembers
 
     def worker_added(self, worker: Worker) -> None:
         """A worker has joined the registry, with an empty cache."""
@@ -310,6 +358,16 @@ class Router:
                 self.flushed(worker)
                 self.index.insert(worker.bit, request.blocks, self._clock())
 
+    def _remember_answer(
+        self, worker: Worker, request: RoutedRequest, answer: str | Sequence[int]
+    ) -> None:
+        """The next turn of a conversation begins with prompt and answer."""
+        if not self._remembers or worker.bit < 0 or not answer:
+            return
+        blocks = request.blocks_with(answer)
+        if len(blocks) > len(request.blocks):
+            self.index.insert(worker.bit, blocks, self._clock())
+
     def _not_computed(self, worker: Worker, request: RoutedRequest, depth: int) -> None:
         """A worker refused a prompt, or failed or was stopped before it was through."""
         if self._remembers and worker.bit >= 0:
@@ -333,6 +391,7 @@ def _make_policy(
     index: PrefixIndex,
     chars_per_token: Callable[[str], float],
     registry: WorkerRegistry,
+    metrics: RoutingMetrics,
     clock: Callable[[], float],
     rng: random.Random,
 ) -> Policy:
@@ -348,11 +407,11 @@ def _make_policy(
         case "power_of_two":
             return PowerOfTwo(rng, clock)
         case "prefix_hash":
-            return PrefixHash(registry, rng)
+            return PrefixHash(registry, metrics, rng)
         case "consistent_hashing":
-            return ConsistentHashing(registry, rng)
+            return ConsistentHashing(registry, metrics, rng)
         case "manual":
-            return StickyKeys(config, clock, rng)
+            return StickyKeys(config, metrics, clock, rng)
         case name:
             raise ValueError(f"There is no policy {name}.")
 
@@ -515,17 +574,26 @@ class _Rings:
 class PrefixHash:
     """By the beginning of the prompt on a hash ring; an overloaded worker gives way to the next."""
 
-    def __init__(self, registry: WorkerRegistry, rng: random.Random) -> None:
-        self._rings, self._rng = _Rings(registry), rng
+    def __init__(
+        self, registry: WorkerRegistry, metrics: RoutingMetrics, rng: random.Random
+    ) -> None:
+        self._rings, self._metrics, self._rng = _Rings(registry), metrics, rng
 
     def choose(self, candidates: Sequence[Worker], request: RoutedRequest) -> Choice:
         if not request.blocks:
+            self._metrics.branch("prefix_hash", "no_routing_key")
             return Choice(self._rng.choice(candidates))
         block = request.blocks[min(len(request.blocks), PREFIX_HASH_CHARS // BLOCK_CHARS) - 1]
         mean = (1 + sum(worker.in_flight for worker in candidates)) / len(candidates)
         # Somebody is never above the mean.
         light = {w for w in candidates if w.in_flight <= PREFIX_HASH_OVERLOAD * mean}
-        return Choice(next(w for w in self._rings.now().walk(block % (1 << 64)) if w in light))
+        there, moved = set(candidates), False
+        for worker in self._rings.now().walk(block % (1 << 64)):
+            if worker in light:
+                self._metrics.branch("prefix_hash", "load_balance_walk" if moved else "ring_hit")
+                return Choice(worker)
+            moved = moved or worker in there
+        raise AssertionError("every worker is on the ring")
 
 
 class ConsistentHashing:
@@ -535,8 +603,10 @@ class ConsistentHashing:
     tells clients apart (authorization, x-forwarded-for, cookie) is the key; else any.
     """
 
-    def __init__(self, registry: WorkerRegistry, rng: random.Random) -> None:
-        self._registry, self._rng = registry, rng
+    def __init__(
+        self, registry: WorkerRegistry, metrics: RoutingMetrics, rng: random.Random
+    ) -> None:
+        self._registry, self._metrics, self._rng = registry, metrics, rng
         self._rings = _Rings(registry)
 
     def choose(self, candidates: Sequence[Worker], request: RoutedRequest) -> Choice | None:
@@ -545,10 +615,16 @@ class ConsistentHashing:
             digits = request.target
             at = int(digits) if digits.isascii() and digits.isdigit() else -1
             named = workers[at] if 0 <= at < len(workers) else None
-            return Choice(named) if named in candidates and named is not None else None
+            if named is None or named not in candidates:
+                self._metrics.branch("consistent_hashing", "target_worker_miss")
+                return None
+            self._metrics.branch("consistent_hashing", "target_worker_hit")
+            return Choice(named)
         key = request.routing_key or request.implicit_key
         if key is None:
+            self._metrics.branch("consistent_hashing", "random_fallback")
             return Choice(self._rng.choice(candidates))
+        self._metrics.branch("consistent_hashing", "routing_key_hit")
         there = set(candidates)
         return Choice(next(w for w in self._rings.now().walk(_point(key)) if w in there))
 
@@ -560,9 +636,14 @@ class StickyKeys:
     """
 
     def __init__(
-        self, config: RouterConfig, clock: Callable[[], float], rng: random.Random
+        self,
+        config: RouterConfig,
+        metrics: RoutingMetrics,
+        clock: Callable[[], float],
+        rng: random.Random,
     ) -> None:
         self._mode, self._max_idle_s = config.assignment_mode, config.max_idle_secs
+        self._metrics = metrics
         self._clock, self._rng = clock, rng
         self._keys: OrderedDict[str, tuple[list[str], float]] = OrderedDict()
         self._num_keys: dict[str, int] = {}
@@ -576,17 +657,22 @@ class StickyKeys:
             key = blake2b(key.encode()).hexdigest()
         self._expire(now)
         if key is None:
+            self._metrics.branch("manual", "no_routing_id")
             return Choice(self._rng.choice(candidates))
         urls = self._keys[key][0] if key in self._keys else []
         by_url = {worker.url: worker for worker in candidates}
         worker = next((by_url[url] for url in urls if url in by_url), None)
-        if worker is None:
+        if worker is not None:
+            branch = "occupied_hit"
+        else:
+            branch = "occupied_miss" if urls else "vacant"
             worker = self._assign(candidates)
             urls = [*urls, worker.url]
             self._count(worker.url, 1)
             if len(urls) > 2:
                 self._count(urls[0], -1)
                 urls = urls[1:]
+        self._metrics.branch("manual", branch)
         self._keys[key] = urls, now
         self._keys.move_to_end(key)
         return Choice(worker)

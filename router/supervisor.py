@@ -242,13 +242,19 @@ class _Supervised:
             self.failed_starts = 0
             self.up = True
             self._note_kin()
+            telling = asyncio.create_task(self._supervisor.came_up(url))
             if self.started is not None:
                 self.started.set()
             try:
-                await self._supervisor.came_up(url)
+                # Whoever is told may wait for a worker that is dead already.
+                await asyncio.wait({telling, exited}, return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.shield(exited)
             finally:
                 self.up = False
+                telling.cancel()
+                (told,) = await asyncio.gather(telling, return_exceptions=True)
+                if isinstance(told, Exception):
+                    logger.error("%s could not be announced.", self._spec.name, exc_info=told)
                 if exited.done():
                     await self._supervisor.died(url)
             await self._hear_out()

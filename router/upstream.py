@@ -4,7 +4,8 @@ It promises that a request is answered, or raises one of three errors that say w
 never more than a bounded part of a body waits here for a slow reader (the worker is not read
 meanwhile); and that an answer nobody wants any more closes its connection, so that the worker
 notices. A kept connection that turns out to be closed before the first byte of an answer is
-replaced once, silently: workers close idle connections when they like.
+replaced once, silently: workers close idle connections when they like. A request that a worker has
+had for longer than that takes is not sent again here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ CONNECT_TIMEOUT_S = 5.0
 """A machine that is gone does not refuse, it is silent: so long is waited for it."""
 BUFFER_BYTES = 65_536
 """How much of a body may wait for its reader before the worker is no longer read."""
+STALE_S = 1.0
+"""A kept connection that breaks sooner than this after a request was closed already: the worker has
+not seen the request."""
 IDLE_S = 30.0
 """How long an unused connection is kept."""
 SWEEP_S = 10.0
@@ -146,9 +150,12 @@ class Upstream:
         deadline = None if timeout is None else time.monotonic() + timeout
         kept = self._kept(worker_url)
         if kept is not None:
-            # If it was closed just now, the worker never saw the request.
-            with contextlib.suppress(ConnectFailed):
+            began = time.monotonic()
+            try:
                 return await kept.exchange(head, body, deadline)
+            except ConnectFailed:
+                if time.monotonic() - began > STALE_S:
+                    raise
         connection = await self._connect(target, deadline)
         return await connection.exchange(head, body, deadline)
 
@@ -252,6 +259,7 @@ class UpstreamResponse:
     Attributes:
         status: the HTTP status.
         headers: names in lower case, in the order sent.
+        framed: the answer says where it ends; else the end of its connection looks like its own.
     """
 
     __slots__ = (
@@ -262,17 +270,25 @@ class UpstreamResponse:
         "_limit",
         "_size",
         "_waiter",
+        "framed",
         "headers",
         "status",
         "url",
     )
 
     def __init__(
-        self, url: str, status: int, headers: list[tuple[bytes, bytes]], connection: _Connection
+        self,
+        url: str,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        connection: _Connection,
+        *,
+        framed: bool,
     ) -> None:
         self.url = url
         self.status = status
         self.headers = headers
+        self.framed = framed
         self._connection: _Connection | None = connection
         self._chunks: list[bytes] = []
         self._size = 0
@@ -536,7 +552,9 @@ class _Connection(asyncio.Protocol):
         self._answered = True
         if status < 200 or not self._busy:
             return
-        self._response = UpstreamResponse(self.url, status, self._headers, self)
+        self._response = UpstreamResponse(
+            self.url, status, self._headers, self, framed=self._framed
+        )
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(self._response)
 

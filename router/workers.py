@@ -41,6 +41,7 @@ class Worker:
         draining: it gets no new requests. Set by whoever removes it.
         in_flight: requests that the router has given it and that run. Kept by `Ticket`.
         backlog_tokens: estimated prompt tokens of those that have no first token yet. Likewise.
+        routing_keys: how many of them have which routing key. Likewise.
         reported: its own word on its load. Set by the monitor.
         bit: its place in the prefix index. Set by `Router`.
         surprises: answers in a row that had nothing cached of what must have been. Likewise.
@@ -68,6 +69,7 @@ class Worker:
     draining: bool = False
     in_flight: int = 0
     backlog_tokens: float = 0.0
+    routing_keys: dict[str, int] = field(default_factory=dict)
     reported: ReportedLoad | None = None
     bit: int = -1
     surprises: int = 0

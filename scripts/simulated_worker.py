@@ -642,7 +642,7 @@ def _canned(settings: Settings) -> tuple[bytes, list[bytes]]:
 
 def _seen(path: str, headers: dict[str, str], body: bytes) -> Seen:
     parsed: Any = None
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
         parsed = msgspec.json.decode(body)
     return Seen(time=time.monotonic(), path=path, headers=headers, body=parsed, raw=body)
 

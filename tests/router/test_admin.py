@@ -393,6 +393,30 @@ def test_a_worker_that_cannot_be_added(body, status, text):
     run(main)
 
 
+def test_too_many_jobs_at_once(monkeypatch):
+    monkeypatch.setattr("router.registration.MAX_JOBS", 1)
+
+    async def main():
+        async with service() as (_, client):
+            assert (await client.post("/workers", {"url": gone_url()})).status == 202
+            reply = await client.post("/workers", {"url": gone_url()})
+            assert (reply.status, reply.json()["code"]) == (503, "QUEUE_FULL")
+
+    run(main)
+
+
+def test_a_worker_that_is_added_again_has_a_new_id():
+    async def main():
+        async with workers(1) as (a,), service(a.url) as (router, client):
+            (before,) = router.registry.list()
+            await client.request("DELETE", f"/workers/{before.id}")
+            assert (await client.get(f"/workers/{before.id}")).status == 404
+            reply = await add(client, a.url)
+            assert reply.json()["worker_id"] != before.id
+
+    run(main)
+
+
 def test_the_body_must_be_json_by_its_header():
     async def main():
         async with service() as (_, client):
@@ -587,6 +611,34 @@ def test_loads_are_asked_for_and_a_worker_without_one_has_minus_one():
     run(main)
 
 
+@pytest.mark.parametrize(
+    "odd", [b'{"a":"\xff"}', b"[7]", b"{", b'[{"num_tokens": "many"}]', b'{"loads": 5}']
+)
+def test_a_worker_that_answers_nonsense_spoils_nothing(odd):
+    async def main():
+        async with workers(2) as (a, b):
+            told = a._told
+            paths = ("/get_load", "/v1/loads", "/get_server_info", "/server_info", "/v1/models")
+
+            def odd_told(path, headers, body):
+                if path in paths:
+                    return 200, odd, b"application/json"
+                return told(path, headers, body)
+
+            a._told = odd_told
+            fields = {"policy": "power_of_two", "worker_startup_check_interval": 0.02}
+            async with service(a.url, b.url, **fields) as (router, client):
+                told_loads = (await client.get("/get_loads")).json()["workers"]
+                loads = {each["worker"]: each["load"] for each in told_loads}
+                assert loads == {a.url: -1, b.url: 0}
+                one, other = (router.registry.by_url(w.url) for w in (a, b))
+                assert one.capacity_tokens is None
+                b.faults.load_tokens = 7
+                await until(lambda: other.reported and other.reported.tokens == 7)
+
+    run(main)
+
+
 def test_engine_metrics_of_all_workers_in_one_page():
     async def main():
         async with workers(2) as (a, b), service(a.url, b.url) as (_, client):
@@ -693,6 +745,37 @@ def test_a_check_that_hangs_is_a_failure_and_disabled_checks_are_none():
     run(main)
 
 
+def test_where_health_is_asked_and_with_which_key():
+    async def main():
+        async with workers(1) as (a,):
+            heard, handle = [], a.handle
+
+            def listening(connection, path, headers, body):
+                heard.append((path, headers.get("authorization")))
+                handle(connection, path, headers, body)
+
+            a.handle = listening
+            fields = {"health_check_endpoint": "/health_generate", "api_key": "secret"}
+            async with service(a.url, **fields):
+                await until(lambda: len(heard) > 8)
+            checks = [each for each in heard if each[0].startswith("/health")]
+            assert len(checks) > 2
+            assert set(checks) == {("/health_generate", "Bearer secret")}
+
+    run(main)
+
+
+def test_without_health_checks_a_worker_is_asked_once():
+    async def main():
+        async with workers(1) as (a,), service(a.url, disable_health_check=True) as (router, _):
+            a.faults.health = 500
+            await asyncio.sleep(0.4)
+            assert a.counts.requests["/health"] == 1
+            assert router.registry.list()[0].health.healthy
+
+    run(main)
+
+
 def test_health_fields_can_be_changed_for_one_worker():
     async def main():
         async with (
@@ -739,6 +822,46 @@ def test_a_worker_that_was_away_is_asked_anew_and_its_cache_counts_as_lost():
             await until(lambda: worker.health.healthy and worker.capacity_tokens == 10_000)
             # Its circuit was that of the server that went away.
             assert worker.breaker.state == "closed"
+
+    run(main)
+
+
+def test_a_worker_that_was_restarted_is_tried_as_soon_as_it_answers(monkeypatch):
+    """Though its circuit is open, and health checks are rare."""
+    monkeypatch.setattr("router.monitor.RETURN_CHECK_S", 0.05)
+
+    async def main():
+        async with (
+            workers(1) as (a,),
+            service(
+                a.url,
+                policy="cache_aware",
+                health_check_interval_secs=60,
+                cb_failure_threshold=2,
+                disable_retries=True,
+            ) as (router, client),
+        ):
+            (worker,) = router.registry.list()
+            body = {"model": "x", "prompt": "x" * 2000, "max_tokens": 1}
+            assert (await client.post(COMPLETIONS, body)).status == 200
+            await a.kill()
+            for _ in range(2):
+                assert (await client.post(COMPLETIONS, body)).status == 500
+            assert worker.breaker.state == "open"
+            await asyncio.sleep(0.2)
+            assert (await client.post(COMPLETIONS, body)).code == "no_available_workers"
+            assert worker.health.healthy  # looking for it is no health check
+            a.settings.cache_tokens = 10_000
+            await a.start()
+            await until(lambda: worker.breaker.state == "half_open")
+            assert router.router.index.num_blocks(worker.bit) == 0
+            await until(lambda: worker.capacity_tokens == 10_000)
+            assert (await client.post(COMPLETIONS, body)).status == 200
+            # What fails though it is there is not tried again so soon.
+            a.faults.status = 500
+            await client.post(COMPLETIONS, body)
+            await asyncio.sleep(0.2)
+            assert worker.breaker.state == "open"
 
     run(main)
 

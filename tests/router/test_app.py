@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from router.app import RouterService
 from router.config import RouterConfig
 from router.front import Front
-from tests.router.support import CHAT, COMPLETIONS, Client, run, workers
+from router.request import RoutedRequest
+from tests.router.support import CHAT, COMPLETIONS, JSON, Client, run, workers
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -335,5 +337,132 @@ def test_a_worker_that_is_back_gets_streams_at_once():
                 await asyncio.sleep(0.03)
             assert worker.breaker.state == "closed"
             assert [(await task).status for task in tasks] == [200] * 8
+
+    run(main)
+
+
+PUBLIC = """
+GET /health | GET /liveness | GET /readiness | GET /health_generate | GET /engine_metrics
+GET /v1/models | GET /get_model_info | GET /model_info | GET /get_server_info | GET /server_info
+"""
+GUARDED = """
+POST /v1/completions | POST /v1/chat/completions | POST /generate | POST /v1/responses
+POST /v1/embeddings | POST /v1/rerank | POST /rerank | POST /v1/classify
+POST /flush_cache | GET /get_loads | GET /v1/loads | POST /abort_request
+POST /workers | GET /workers | GET /workers/x | PUT /workers/x | DELETE /workers/x
+POST /add_worker | POST /remove_worker | GET /list_workers
+"""
+
+
+def listed(table):
+    return [entry.split() for entry in re.split(r"[|\n]", table) if entry.strip()]
+
+
+def test_every_path_of_the_peer_is_there_and_those_that_matter_want_the_key():
+    """Section 3, and the older routes."""
+
+    async def main():
+        async with (
+            workers(1, api_key="k") as fleet,
+            service(fleet, api_key="k", worker_startup_timeout_secs=0.1) as (_, client),
+        ):
+            for method, path in listed(PUBLIC):
+                reply = await client.request(method, path, headers=())
+                assert reply.status == 200, path
+            for method, path in listed(GUARDED):
+                reply = await client.request(method, path, BODY)
+                assert (reply.status, reply.code) == (401, "unauthorized"), path
+                reply = await client.request(method, path, BODY, (JSON, bearer(b"k")))
+                assert reply.status not in (401, 404, 405), (path, reply)
+                assert reply.headers["x-request-id"]
+                wrong = "GET" if method == "POST" else "POST"
+                if [wrong, path] not in listed(GUARDED) + listed(PUBLIC):
+                    reply = await client.request(wrong, path, BODY, (JSON, bearer(b"k")))
+                    assert (reply.status, reply.body) == (405, b""), path
+                    assert method in reply.headers["allow"]
+
+    run(main)
+
+
+def test_all_endpoints_count_as_load_and_are_spread():
+    """Complaint 15: those that the peer does not type go to one worker, uncounted."""
+
+    async def main():
+        async with workers(2) as fleet, service(fleet, policy="power_of_two") as (router, client):
+            one, other = router.registry.list()
+            one.in_flight += 1
+            paths = [path for _, path in listed(GUARDED)[:8]]
+            for path in paths:
+                assert (await client.post(path, BODY | {"input": "x"})).status == 200, path
+            assert len(fleet[0].seen) == 0
+            assert [seen.path for seen in fleet[1].seen] == paths
+            assert (one.in_flight, other.in_flight) == (1, 0)
+            page = router.metrics_page().decode()
+            for name in ("chat", "embeddings", "rerank", "classify", "responses", "generate"):
+                assert re.search(f'smg_router_requests_total{{\\S*endpoint="{name}"', page), name
+
+    run(main)
+
+
+def test_what_the_metrics_say_of_retries():
+    async def main():
+        async with workers(2) as fleet, service(fleet, retry_max_retries=3) as (router, client):
+            for worker in fleet:
+                worker.faults.update({"status": 500, "status_count": 1})
+            assert (await client.post(COMPLETIONS, BODY)).status == 200
+            fleet[0].faults.update({"status": 500, "status_count": -1})
+            fleet[1].faults.update({"status": 500, "status_count": -1})
+            assert (await client.post(COMPLETIONS, BODY)).status == 500
+            page = router.metrics_page().decode()
+            labels = '{endpoint="completions",worker_type="regular"}'
+            assert f"smg_worker_retries_total{labels} 4.0" in page
+            assert f"smg_worker_retries_exhausted_total{labels} 1.0" in page
+            assert 'smg_worker_retry_backoff_seconds_count{attempt="1"} 2.0' in page
+            assert re.search(r'request_errors_total{\S*error_type="backend_error"\S*} 1.0', page)
+            upstream = 'smg_router_upstream_responses_total{error_code="",router_type="http",'
+            assert f'{upstream}status_code="500"}} 5.0' in page
+
+    run(main)
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_answers_count_as_cached_where_they_were_computed(path, stream, continues):
+    """Not those of streams that only pass: to read them would cost more than it is worth."""
+
+    async def main():
+        async with (
+            workers(1, continues=continues) as fleet,
+            service(fleet, policy="cache_aware") as (router, client),
+        ):
+            prompt = "q" * 640
+            body = {"model": "m", "max_tokens": 100, "temperature": 0, "stream": stream}
+            talk = [{"role": "user", "content": prompt}]
+            body |= {"messages": talk} if path == CHAT else {"prompt": prompt}
+            answer = (await client.post(path, body)).text()
+            assert len(answer) == 400
+            (worker,) = router.registry.list()
+            known = router.router.index.num_blocks(worker.bit)
+            assert known == (640 + 400) // 64 if continues or not stream else 640 // 64
+            # It is what the next turn begins with.
+            if path == CHAT:
+                talk += [{"role": "assistant", "content": answer}, talk[0]]
+                body |= {"messages": talk}
+            else:
+                body |= {"prompt": prompt + answer + "?" * 64}
+            request = RoutedRequest.parse(path, json.dumps(body).encode())
+            depth = router.router.index.match(request.blocks, 1 << worker.bit)[worker.bit]
+            assert depth == known
+
+    run(main)
+
+
+def test_answers_in_token_ids_count_as_cached_too():
+    async def main():
+        async with workers(1) as fleet, service(fleet, policy="cache_aware") as (router, client):
+            await client.stream(prompt=list(range(160)), max_tokens=100)
+            (worker,) = router.registry.list()
+            assert router.router.index.num_blocks(worker.bit) == 260 // 16
 
     run(main)

@@ -467,6 +467,75 @@ def test_consistent_hashing_names_a_worker():
     )
 
 
+class Branches(NoMetrics):
+    """Which ways choices went."""
+
+    def __init__(self):
+        self.taken = []
+
+    def branch(self, policy, branch):
+        self.taken.append(branch)
+
+
+def branches(fleet):
+    """The ways that the choices of a fleet go from now on."""
+    fleet.router.metrics = fleet.router._policy._metrics = metrics = Branches()
+    return metrics.taken
+
+
+def test_metrics_tell_the_way_of_each_choice():
+    fleet = Fleet(num=2, policy="manual")
+    taken = branches(fleet)
+    home = fleet.serve(headers=key("a"))
+    fleet.serve(headers=key("a"))
+    home.health.healthy = False
+    fleet.serve(headers=key("a"))
+    fleet.serve()
+    for worker in fleet.workers:
+        worker.health.healthy = False
+    assert fleet.begin() is None
+    assert taken == [
+        *("vacant", "occupied_hit", "occupied_miss", "no_routing_id", "no_healthy_workers")
+    ]
+    assert fleet.router.num_routing_keys == 1
+
+    fleet = Fleet(num=2, policy="consistent_hashing")
+    taken = branches(fleet)
+    for headers in (
+        *([(b"x-smg-target-worker", b"1")], [(b"x-smg-target-worker", b"7")]),
+        *(key("a"), [(b"cookie", b"a")], []),
+    ):
+        fleet.begin(headers=headers)
+    assert taken == [
+        *("target_worker_hit", "target_worker_miss"),
+        *("routing_key_hit", "routing_key_hit", "random_fallback"),
+    ]
+
+    fleet = Fleet(policy="prefix_hash")
+    taken = branches(fleet)
+    home = fleet.serve(prompt(1))
+    fleet.serve(prompt(1))
+    home.in_flight = 20
+    fleet.serve(prompt(1))
+    fleet.serve("short")
+    assert taken == ["ring_hit", "ring_hit", "load_balance_walk", "no_routing_key"]
+    # The next one on the ring is home while the first one is not there.
+    home.health.healthy = False
+    fleet.serve(prompt(1))
+    assert taken[-1] == "ring_hit"
+
+
+def test_routing_keys_are_counted_while_their_requests_run():
+    fleet = Fleet(num=1, policy="round_robin")
+    tickets = [fleet.begin(headers=key(k)) for k in "aab"] + [fleet.begin()]
+    (worker,) = fleet.workers
+    assert worker.routing_keys == {"a": 2, "b": 1}
+    for ticket in tickets:
+        ticket.end(Outcome.OK)
+        ticket.end(Outcome.OK)
+    assert worker.routing_keys == {}
+
+
 def test_prefix_hash_leaves_overloaded_workers():
     fleet = Fleet(policy="prefix_hash")
     home = fleet.serve(prompt(1))

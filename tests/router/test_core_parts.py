@@ -3,6 +3,9 @@
 import asyncio
 import json
 import random
+import re
+import time
+from email.utils import formatdate
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +17,7 @@ from router.health import HealthState
 from router.limits import Limiter, RateLimited
 from router.prefix_index import PrefixIndex
 from router.request import BadRequest, RoutedRequest, block_end, with_fields
-from router.retry import backoff_s
+from router.retry import backoff_s, retry_after_s
 from tests.router.support import run
 
 # ---- flags
@@ -32,6 +35,74 @@ def test_defaults_are_those_of_the_peer():
     assert config.port == 30000
     assert config.prometheus_port == 29000
     assert config.stream_failover
+
+
+PEER = """
+host 0.0.0.0 | port 30000 | worker-urls | policy cache_aware | cache-threshold 0.3
+balance-abs-threshold 64 | balance-rel-threshold 1.5 | eviction-interval-secs 60
+max-tree-size 67108864 | max-payload-size 536870912 | dp-aware off | enable-igw off
+worker-startup-timeout-secs 1800 | worker-startup-check-interval 30 | log-dir | log-level info
+prometheus-port 29000 | prometheus-host 0.0.0.0 | prometheus-duration-buckets 0.5 1.5
+request-id-headers x-request-id x-correlation-id x-trace-id request-id
+request-timeout-secs 1800 | shutdown-grace-period-secs 180 | cors-allowed-origins
+max-concurrent-requests -1 | queue-size 100 | queue-timeout-secs 60
+rate-limit-tokens-per-second | retry-max-retries 5 | retry-initial-backoff-ms 50
+retry-max-backoff-ms 30000 | retry-backoff-multiplier 1.5 | retry-jitter-factor 0.2
+disable-retries off | cb-failure-threshold 10 | cb-success-threshold 3
+cb-timeout-duration-secs 60 | cb-window-duration-secs 120 | disable-circuit-breaker off
+health-failure-threshold 3 | health-success-threshold 2 | health-check-timeout-secs 5
+health-check-interval-secs 60 | health-check-endpoint /health | disable-health-check off
+api-key | model-path | tokenizer-path | max-idle-secs 14400 | assignment-mode random
+service-discovery off | selector | service-discovery-port 80 | service-discovery-namespace
+tls-cert-path | tls-key-path | client-cert-path | client-key-path | ca-cert-paths
+"""
+"""Section 2: flags that are served, with their defaults."""
+
+OTHER_VALUES = {
+    "policy": "manual",
+    "log-level": "debug",
+    "assignment-mode": "min_load",
+    "selector": "a=b",
+    "worker-urls": "http://a:1",
+    "rate-limit-tokens-per-second": "7",
+    "cache-threshold": "0.7",
+    "retry-jitter-factor": "0.7",
+}
+TOGETHER = {
+    "tls-cert-path": ("--tls-key-path", "k"),
+    "tls-key-path": ("--tls-cert-path", "c"),
+    "client-cert-path": ("--client-key-path", "k"),
+    "client-key-path": ("--client-cert-path", "c"),
+    "service-discovery": ("--selector", "a=b"),
+}
+
+
+@pytest.mark.parametrize("flag", [f.strip() for f in re.split(r"[|\n]", PEER) if f.strip()])
+def test_every_flag_of_the_peer(flag):
+    """Its name, its default, and that it says something."""
+    name, *default = flag.split()
+    field = name.replace("-", "_")
+    held = getattr(parse_args([]), field)
+    if default == ["off"]:
+        assert held is False
+        given = parse_args([f"--{name}", *TOGETHER.get(name, ())])
+        assert getattr(given, field) is True
+        return
+    if name == "prometheus-duration-buckets":
+        assert held[:3] == (0.001, 0.005, 0.01)
+        assert held[-1] == 240.0
+        assert len(held) == 20
+    elif isinstance(held, tuple):
+        assert held == tuple(default)
+    elif held is None:
+        assert not default
+    else:
+        assert type(held)(default[0]) == held
+    other = OTHER_VALUES.get(name, "77")
+    told = getattr(parse_args([f"--{name}", other, *TOGETHER.get(name, ())]), field)
+    values = told if isinstance(told, tuple) else (told,)
+    assert values != (held,)
+    assert [type(v)(other) for v in values] == list(values)
 
 
 GUIDE = """
@@ -108,6 +179,27 @@ def test_a_conversation_shares_its_beginning():
     second = parse(messages=[message("system", LONG), message("user", "a" * 500), *answer])
     assert shared(first, second) == len(first.blocks)
     assert len(second.blocks) > len(first.blocks)
+
+
+@pytest.mark.parametrize("size", [10, 500, 64 * 255 + 3, 40_000])
+def test_the_next_turn_begins_with_prompt_and_answer(size):
+    """In text, in token ids, in messages; whatever the block that the answer begins in."""
+    rng = random.Random(size)
+    text, answer = ("".join(rng.choices("abcdefgh ", k=k)) for k in (size, 3000))
+    first = parse("/v1/completions", prompt=text)
+    second = parse("/v1/completions", prompt=text + answer)
+    assert first.blocks_with(answer) == second.blocks
+    assert first.blocks_with("") == first.blocks
+    ids, more = ([rng.randrange(9999) for _ in range(k)] for k in (size // 4, 700))
+    first = parse("/generate", input_ids=ids)
+    assert first.by_ids
+    assert first.blocks_with(more) == parse("/generate", input_ids=ids + more).blocks
+    talk = [message("user", text)]
+    first = parse(messages=talk)
+    second = parse(messages=[*talk, message("assistant", answer), message("user", "?" * 2000)])
+    both = first.blocks_with(answer)
+    assert shared(second, first) == len(first.blocks) < len(both)
+    assert second.blocks[: len(both)] == both
 
 
 def test_roles_tools_and_order_are_part_of_the_key():
@@ -552,3 +644,40 @@ def test_without_limits_nothing_waits():
             (await limiter.acquire()).release()
 
     run(main)
+
+
+def test_retry_after_is_seconds_or_a_date():
+    assert [retry_after_s(value) for value in (None, b"7", b" 0 ", b"soon", b"-1")] == [
+        0.0,
+        7.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
+    later = formatdate(time.time() + 60, usegmt=True).encode()
+    assert 58 < retry_after_s(later) <= 60
+    assert retry_after_s(b"Sun, 06 Nov 1994 08:49:37 GMT") == 0.0
+
+
+def test_a_circuit_that_nobody_was_behind_is_tried_when_somebody_is():
+    breaker, _ = circuit(Clock())
+    for absent in (False, False, True):
+        breaker.end(breaker.begin(), False, absent=absent)
+    assert breaker.absent
+    breaker.present()
+    assert (breaker.state, breaker.allows) == ("half_open", True)
+    # Whoever is there may be as ill as it was before.
+    record(breaker, False)
+    assert breaker.state == "open"
+    breaker.present()
+    assert breaker.state == "open"
+
+
+def test_a_circuit_whose_worker_was_there_and_failed_waits_its_time():
+    breaker, _ = circuit(Clock())
+    breaker.present()
+    for absent in (True, True, False):
+        breaker.end(breaker.begin(), False, absent=absent)
+    assert not breaker.absent
+    breaker.present()
+    assert (breaker.state, breaker.allows) == ("open", False)

@@ -28,6 +28,7 @@ class FakeApi:
         self.oldest = 0
         self.asked = []  # (path, query, headers)
         self.refuse = 0
+        self.odd = b""
         self.watchers = set()
         self._server = None
 
@@ -104,6 +105,8 @@ class FakeApi:
                 if self.refuse:
                     body = b'{"message": "pods is forbidden"}'
                     self._answer(writer, self.refuse, body)
+                elif self.odd:
+                    self._answer(writer, 200, self.odd)
                 elif "watch" in query:
                     self._watch(writer, int(query["resourceVersion"]))
                 else:
@@ -310,6 +313,37 @@ def test_an_api_that_refuses_is_asked_again():
                 api.refuse = 500
                 api.cut()
                 await until(lambda: len(api.asked) >= 8)
+                assert found.workers
+
+    run(main)
+
+
+@pytest.mark.parametrize("odd", [b"[]", b'{"items": ["x"]}', b'{"items": "\xff"}', b"{", b"7"])
+def test_an_odd_answer_does_not_end_it(odd):
+    async def main():
+        async with fake_api() as api:
+            api.set("a")
+            api.odd = odd
+            async with discovering(api) as found:
+                await until(lambda: len(api.asked) >= 3)
+                assert not found.workers
+                api.odd = b""
+                await until(lambda: found.workers)
+
+    run(main)
+
+
+def test_an_api_that_forgets_at_once_is_not_asked_without_pause():
+    async def main():
+        async with fake_api() as api:
+            api.set("a")
+            api.oldest = 1 << 60
+            async with discovering(api) as found:
+                await until(lambda: len(api.asked) >= 6)
+                began, before = time.monotonic(), len(api.asked)
+                await asyncio.sleep(0.3)
+                # A list and a watch for each pause of at least 0.016 s.
+                assert len(api.asked) - before <= 2 * (time.monotonic() - began) / 0.016 + 2
                 assert found.workers
 
     run(main)

@@ -101,7 +101,13 @@ def test_what_is_added_to_the_request():
     assert stream_of(return_token_ids=False, seed=3).fields == {"return_token_ids": True}
 
 
-@pytest.mark.parametrize("fields", [{"echo": True}, {"seed": "x"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"echo": True}, {"seed": "x"}, {"n": 1.0}, {"stream_options": 1}),
+        *({"continue_from": [{"token_ids": ids}]} for ids in (["a"], 5, [2**63])),
+    ],
+)
 def test_what_cannot_go_on_elsewhere(fields):
     assert stream_of(**fields) is None
 

@@ -337,7 +337,9 @@ def test_shutting_down_cuts_what_takes_too_long():
     run(main)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HT"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", b"POST / HTTP/1.1\r\ncontent-length: 5\r\n\r\na"]
+)
 def test_nobody_holds_a_connection_by_sending_nothing(monkeypatch, sent):
     for name in ("SWEEP_S", "KEEP_ALIVE_S", "HEAD_S"):
         monkeypatch.setattr(f"router.front.{name}", 0.05)
@@ -348,6 +350,79 @@ def test_nobody_holds_a_connection_by_sending_nothing(monkeypatch, sent):
             writer.write(sent)
             assert await asyncio.wait_for(reader.read(), 5) == b""
             assert not front.connections
+
+    run(main)
+
+
+@pytest.mark.parametrize("gap", [b"T / HTTP/1.1\r\n", b"bcde"])
+def test_a_request_that_gets_on_is_not_cut(monkeypatch, gap):
+    """However long its connection was idle before, or its body takes."""
+    monkeypatch.setattr("router.front.SWEEP_S", 0.02)
+    for name in ("KEEP_ALIVE_S", "HEAD_S"):
+        monkeypatch.setattr(f"router.front.{name}", 0.5)
+    request = b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nabcdefghi"
+
+    async def main():
+        async with fronted(echo) as (_, connect):
+            reader, writer = await connect()
+            await asyncio.sleep(0.35)
+            before, _, after = request.partition(gap)
+            for piece in (before, gap, after):
+                writer.write(piece)
+                await asyncio.sleep(0.2)
+            assert (await answer(reader))[2] == b"POST /  9"
+
+    run(main)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_stops_reading_does_not_hold_a_call_for_ever(monkeypatch, streamed):
+    monkeypatch.setattr("router.front.SWEEP_S", 0.02)
+    monkeypatch.setattr("router.front.STUCK_S", 0.3)
+    ended = []
+
+    async def main():
+        async def handler(call):
+            try:
+                if not streamed:
+                    call.answer(200, [], b"a" * 30_000_000)
+                    return
+                call.begin(200, [])
+                while True:
+                    await call.send(b"a" * 100_000)
+            finally:
+                ended.append(call.client_left)
+
+        async with fronted(handler) as (front, connect):
+            reader, writer = await connect()
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            # As long as it reads, however slowly, it is served.
+            for _ in range(8):
+                await asyncio.sleep(0.1)
+                await reader.readexactly(2_000_000)
+            assert front.connections
+            async with asyncio.timeout(5):
+                while front.connections or not ended:
+                    await asyncio.sleep(0.02)
+            assert ended == [streamed]
+
+    run(main)
+
+
+def test_shutting_down_lets_answers_go_out():
+    async def main():
+        async def handler(call):
+            call.answer(200, [], b"a" * 30_000_000)
+
+        async with fronted(handler) as (front, connect):
+            reader, writer = await connect()
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            await asyncio.sleep(0.1)
+            ending = asyncio.create_task(front.shut_down(10))
+            await asyncio.sleep(0.1)
+            assert not ending.done()
+            assert len((await answer(reader))[2]) == 30_000_000
+            assert await ending is True
 
     run(main)
 

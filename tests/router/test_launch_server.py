@@ -40,7 +40,7 @@ def free_port():
 class Launched:
     """A launch_server process over fake workers, and what it has printed so far."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, **environ):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.lines: list[str] = []
@@ -51,6 +51,7 @@ class Launched:
                 *("--router-dp-worker-base-port", str(free_port()), *flags),
             ],
             cwd=ROOT,
+            env={k: v for k, v in {**os.environ, **environ}.items() if v is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -104,8 +105,8 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launched(*flags):
-    server = Launched(*flags)
+def launched(*flags, **environ):
+    server = Launched(*flags, **environ)
     try:
         yield server
     finally:
@@ -144,6 +145,21 @@ def test_two_workers_a_killed_one_comes_back_and_ctrl_c_ends_all():
         started = {int(pid) for pid in server.found(r"pid (\d+)")}
         assert len(started) == 3
         assert not any(alive(pid) for pid in started)
+
+
+def test_each_worker_sees_its_own_gpus_also_after_a_restart():
+    flags = ("--device", "cuda", "--tp", "2", "--dp-size", "2")
+    environ = {"CUDA_VISIBLE_DEVICES": "3,5,6,7", "JAX_PLATFORMS": None}
+    with launched(*flags, **environ) as server:
+        server.until(server.ready(2))
+        seen = server.found(r"\[worker (\d)\] pid (\d+) rank (\d) gpus (\S+)")
+        assert sorted((w, rank, gpus) for w, _, rank, gpus in seen) == [
+            ("0", "0", "3,5"),
+            ("1", "1", "6,7"),
+        ]
+        pid = next(int(pid) for w, pid, *_ in seen if w == "1")
+        os.kill(pid, signal.SIGKILL)
+        server.until(lambda: len(server.found(r"\[worker 1\] pid \d+ rank 1 gpus 6,7")) == 2)
 
 
 def test_what_a_worker_started_goes_with_it():

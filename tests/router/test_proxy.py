@@ -172,13 +172,41 @@ def test_a_failing_worker_costs_nothing_while_another_is_there(status, stream):
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_when_attempts_are_used_up_the_last_answer_is_passed(status):
     async def main():
-        async with workers(1) as fleet, routed(urls(fleet), retry_max_retries=3) as server:
+        async with (
+            workers(1) as fleet,
+            routed(urls(fleet), retry_max_retries=3, retry_max_backoff_ms=5) as server,
+        ):
             fleet[0].faults.update({"status": status, "retry_after": 7})
+            # It is waited no longer than the flag says.
             reply = await server.client.post(COMPLETIONS, BODY)
             assert reply.status == status
             assert reply.json()["error"]["message"] == f"simulated {status}"
             assert reply.headers["retry-after"] == "7"
             assert len(fleet[0].seen) == 3
+
+    run(main)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_waited_for_when_nobody_else_is_there(status):
+    async def main():
+        async with workers(1) as fleet, routed(urls(fleet), retry_jitter_factor=0) as server:
+            fleet[0].faults.update({"status": status, "status_count": 1, "retry_after": 1})
+            assert (await server.client.post(COMPLETIONS, BODY)).status == 200
+            first, second = (seen.time for seen in fleet[0].seen)
+            assert 1.0 <= second - first < 1.5
+
+    run(main)
+
+
+def test_another_worker_is_asked_without_waiting_for_retry_after():
+    async def main():
+        async with workers(2) as fleet, routed(urls(fleet)) as server:
+            fleet[0].faults.update({"status": 503, "retry_after": 20})
+            async with asyncio.timeout(5):
+                for _ in range(2):
+                    assert (await server.client.post(COMPLETIONS, BODY)).status == 200
+            assert fleet[0].seen
 
     run(main)
 
@@ -244,6 +272,158 @@ def test_a_body_that_breaks_off_is_asked_for_again():
             fleet[1].faults.truncate_body = True
             reply = await server.client.post(COMPLETIONS, BODY)
             assert (reply.status, reply.code) == (500, "read_response_body_failed")
+
+    run(main)
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+EVENT = b'data: {"choices":[{"index":0,"text":"a"}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+@contextlib.asynccontextmanager
+async def answering(data):
+    """The URL of a server that answers every request with these bytes, and hangs up."""
+
+    async def connected(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
+        writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_stream_that_ends_before_it_begins_is_asked_for_again(continues):
+    """It may look as if it were whole."""
+
+    async def main():
+        async with (
+            answering(STREAM_HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n") as empty,
+            workers(1) as fleet,
+            routed([empty, *urls(fleet)], continues=continues) as server,
+        ):
+            for _ in range(2):
+                assert len((await server.client.stream()).text()) == 48
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("path", "rest", "whole"),
+    [(COMPLETIONS, b"", False), (COMPLETIONS, DONE, True), ("/v1/responses", b"", True)],
+)
+def test_the_end_of_a_connection_is_no_end_of_a_stream(path, rest, whole):
+    """Without framing, a worker that dies looks like one that has said everything."""
+
+    async def main():
+        async with (
+            answering(STREAM_HEAD + b"\r\n" + EVENT + rest) as url,
+            routed([url], continues=False) as server,
+        ):
+            reply = await server.client.stream(path)
+            if whole:
+                assert reply.body == EVENT + rest
+            else:
+                assert b"without [DONE]" in reply.body
+                assert reply.events[-1] == "[DONE]"
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_worker_that_hangs_and_is_unhealthy_loses_its_requests(stream, monkeypatch):
+    """What has no answer yet is asked for elsewhere."""
+    monkeypatch.setattr("router.proxy.STALLED_S", 0.2)
+
+    async def main():
+        async with workers(2) as fleet, routed(urls(fleet)) as server:
+            fleet[0].faults.hang = True
+            asked = [
+                asyncio.create_task(server.client.post(COMPLETIONS, BODY | {"stream": stream}))
+                for _ in range(2)
+            ]
+            await until(lambda: fleet[0].seen)
+            hung, other = server.registry.list()
+            hung.health.healthy = other.health.healthy = False
+            server.proxy.worker_unhealthy(hung)
+            await asyncio.sleep(0.5)
+            # Nobody else is there: it may still answer.
+            assert sum(task.done() for task in asked) == 1
+            other.health.healthy = True
+            for task in asked:
+                assert len((await task).text()) == 12
+            assert hung.in_flight == 0
+
+    run(main)
+
+
+def test_a_client_that_leaves_a_worker_that_hangs_leaves_nothing_behind(monkeypatch):
+    """In the moment in which its request is to be taken elsewhere."""
+    monkeypatch.setattr("router.proxy.STALLED_S", 0.0)
+
+    async def main():
+        async with workers(2) as fleet, routed(urls(fleet), max_concurrent_requests=4) as server:
+            fleet[0].faults.hang = True
+            task = asyncio.create_task(server.client.post(COMPLETIONS, BODY))
+            await until(lambda: fleet[0].seen)
+            hung = server.registry.list()[0]
+            hung.health.healthy = False
+            server.proxy.worker_unhealthy(hung)
+            for connection in server.front.connections:
+                connection.abort()
+            with contextlib.suppress(Exception):
+                await task
+            await until(lambda: not server.front.num_running)
+            await until(lambda: server.limiter.num_running == 0)
+            assert [worker.in_flight for worker in server.registry.list()] == [0, 0]
+            await until(lambda: fleet[0].counts.in_flight == 0)
+
+    run(main)
+
+
+def test_an_error_of_the_router_itself_is_told(monkeypatch):
+    async def main():
+        async with workers(1) as fleet, routed(urls(fleet)) as server:
+
+            def fails(*args):
+                raise RuntimeError("a bug")
+
+            monkeypatch.setattr(server.proxy, "answer_headers", fails)
+            monkeypatch.setattr(server.router, "tokens", fails)
+            reply = await server.client.post(COMPLETIONS, BODY)
+            assert (reply.status, reply.code) == (500, "internal_error")
+            monkeypatch.undo()
+            monkeypatch.setattr("router.failover.ContinuedStream.feed", fails)
+            last, done = (await server.client.stream()).events
+            assert json.loads(last)["error"]["type"] == "internal_error"
+            assert done == "[DONE]"
+            page = server.metrics.page().decode()
+            errors = r'smg_router_request_errors_total{\S*error_type="internal_error"\S*} (\S+)'
+            assert re.search(errors, page)[1] == "2.0"
+            assert server.registry.list()[0].in_flight == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b'"continue_from":[{"token_ids":["a"]}]',
+        b'"continue_from":[{"token_ids":[99999999999999999999]}]',
+        b'"stream_options":{"a":"\xff"}',
+    ],
+)
+def test_odd_fields_are_the_workers_business(field):
+    async def main():
+        async with workers(1) as fleet, routed(urls(fleet)) as server:
+            fleet[0].faults.status = 400
+            body = b'{"prompt":"x","stream":true,%b}' % field
+            assert (await server.client.post(COMPLETIONS, body)).status == 400
+            assert fleet[0].last.raw == body
 
     run(main)
 

@@ -160,3 +160,78 @@ def test_a_client_cannot_fill_memory_with_model_names(monkeypatch):
     page = metrics.page().decode()
     assert page.count("smg_router_requests_total{") <= 51
     assert 'model="other"' in page
+
+
+PEER = """
+counter smg_http_requests_total method path
+histogram smg_http_request_duration_seconds method path
+counter smg_http_responses_total status_code error_code
+gauge smg_http_connections_active
+gauge smg_http_inflight_request_age_count gt le
+counter smg_http_rate_limit_total result
+counter smg_router_requests_total router_type backend_type connection_mode model endpoint streaming
+histogram smg_router_request_duration_seconds \
+    router_type backend_type connection_mode model endpoint
+counter smg_router_request_errors_total \
+    router_type backend_type connection_mode model endpoint error_type
+counter smg_router_upstream_responses_total router_type status_code error_code
+histogram smg_router_ttft_seconds model endpoint
+histogram smg_router_tpot_seconds model endpoint
+histogram smg_router_generation_duration_seconds model endpoint
+counter smg_router_tokens_total model endpoint token_type
+gauge smg_worker_pool_size worker_type connection_mode model
+gauge smg_worker_connections_active worker_type connection_mode
+gauge smg_worker_requests_active worker
+gauge smg_worker_routing_keys_active worker
+gauge smg_worker_health worker
+counter smg_worker_health_checks_total worker_type result
+counter smg_worker_selection_total worker_type connection_mode model policy
+counter smg_worker_errors_total worker_type connection_mode error_type
+gauge smg_worker_cb_state worker
+gauge smg_worker_cb_consecutive_failures worker
+gauge smg_worker_cb_consecutive_successes worker
+counter smg_worker_cb_transitions_total worker from to
+counter smg_worker_cb_outcomes_total worker outcome
+counter smg_worker_retries_total worker_type endpoint
+counter smg_worker_retries_exhausted_total worker_type endpoint
+histogram smg_worker_retry_backoff_seconds attempt
+counter smg_discovery_registrations_total source result
+counter smg_discovery_deregistrations_total source reason
+histogram smg_discovery_sync_duration_seconds source
+gauge smg_discovery_workers_discovered source
+gauge smg_manual_policy_cache_entries
+counter smg_manual_policy_branch_total branch
+counter smg_consistent_hashing_policy_branch_total branch
+counter smg_prefix_hash_policy_branch_total branch
+gauge sglang_cache_hit_rate source
+counter sgl_router_cache_hits_total
+counter sgl_router_cache_misses_total
+gauge sgl_router_tree_size worker
+counter sgl_router_load_balancing_events_total
+gauge sgl_router_max_load
+gauge sgl_router_min_load
+counter sgl_router_policy_decisions_total policy worker
+"""
+
+
+def test_every_name_of_the_peer_is_there_with_its_labels():
+    """Section 9: all but those of gRPC, MCP and databases."""
+    metrics = RouterMetrics()
+    metrics.http_request("POST", "/generate")
+    metrics.cache(URL, 1, 2)
+    labels = {
+        c._name: set(c._labelnames)
+        for c in set(metrics.registry._names_to_collectors.values())
+        if hasattr(c, "_labelnames")
+    }
+    kinds = {
+        family.name: family for family in text_string_to_metric_families(metrics.page().decode())
+    }
+    for line in PEER.strip().splitlines():
+        kind, name, *wanted = line.split()
+        family = kinds[name.removesuffix("_total")]
+        assert family.type == kind, name
+        if family.name in labels:
+            assert labels[family.name] == set(wanted), name
+        else:
+            assert set(family.samples[0].labels) == set(wanted), name

@@ -4,14 +4,20 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from router.upstream import UpstreamError
+from scripts.simulated_worker import SimulatedWorker
 from tests.router.support import Client, run, workers
 
 pytestmark = pytest.mark.timeout(90)
@@ -180,5 +186,93 @@ def test_workers_that_are_not_there_yet():
             assert reply.status == 503
             assert json.loads(reply.body)["error"]["code"] == "no_available_workers"
             await client.close()
+
+    run(main, 60)
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ipv6_on_both_sides():
+    async def main():
+        worker = await SimulatedWorker(host="::1").start()
+        flags = ("--host", "::1", "--worker-urls", f"http://[::1]:{worker.port}")
+        async with process(*flags) as (child, port, _):
+            assert f"http://[::1]:{port}" in (await child.stdout.readline()).decode()
+            client = Client(f"http://[::1]:{port}")
+            await ready(client, 1)
+            assert len((await client.stream()).text()) == 48
+            await client.close()
+        await worker.kill()
+
+    run(main, 60)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+def test_https_on_both_sides_and_a_log_file(tmp_path):
+    """--tls-*, --ca-cert-paths, --client-*, --log-dir."""
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", key, "-out", cert),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    demanding = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cert)
+    demanding.load_cert_chain(cert, key)
+    demanding.verify_mode = ssl.CERT_REQUIRED
+
+    async def answer(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        size = re.search(rb"content-length: (\d+)", head)
+        await reader.readexactly(int(size[1]) if size else 0)
+        body = b'{"served_model_name": "m"}'
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        writer.close()
+
+    async def main():
+        worker = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=demanding)
+        url = f"https://127.0.0.1:{worker.sockets[0].getsockname()[1]}"
+        logs = tmp_path / "logs"
+        flags = [
+            *("--worker-urls", url, "--ca-cert-paths", cert, "--log-dir", str(logs)),
+            *("--tls-cert-path", cert, "--tls-key-path", key),
+        ]
+        trusting = ssl.create_default_context(cafile=cert)
+        mutual = ("--client-cert-path", cert, "--client-key-path", key)
+        async with worker, process(*flags, *mutual) as (child, port, _):
+            assert f"https://127.0.0.1:{port}" in (await child.stdout.readline()).decode()
+            async with httpx.AsyncClient(
+                base_url=f"https://127.0.0.1:{port}", verify=trusting
+            ) as client:
+                async with asyncio.timeout(20):
+                    while (await client.get("/readiness")).status_code != 200:
+                        await asyncio.sleep(0.05)
+                reply = await client.post("/v1/completions", json={"prompt": "x"})
+                assert (reply.status_code, reply.json()) == (200, {"served_model_name": "m"})
+        assert f"Worker {url} is registered (model m)." in (logs / "router.log").read_text()
+        worker = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=demanding)
+        flags[1] = f"https://127.0.0.1:{worker.sockets[0].getsockname()[1]}"
+        async with (
+            worker,
+            process(*flags) as (_, port, _),
+            httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=trusting) as client,
+        ):
+            await asyncio.sleep(2)
+            # Without the certificate that the worker asks for there is no worker.
+            assert (await client.get("/readiness")).status_code == 503
 
     run(main, 60)

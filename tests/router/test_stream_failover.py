@@ -312,3 +312,22 @@ def test_a_stream_of_a_worker_that_hangs_goes_on_when_it_is_found_unhealthy(monk
             assert (await task).text() == text
 
     run(main)
+
+
+def test_a_stream_that_stood_still_for_less_is_looked_at_again(monkeypatch):
+    """Health checks may find out sooner than a stream counts as standing still."""
+    monkeypatch.setattr("router.proxy.STALLED_S", 0.4)
+
+    async def main():
+        async with workers(2, tpot=0.02) as fleet, routed([w.url for w in fleet]) as server:
+            text = (await server.client.stream()).text()
+            fleet[1].settings.tpot = 60
+            task = asyncio.create_task(server.client.stream())
+            await asyncio.sleep(0.1)
+            hung = server.registry.list()[1]
+            assert hung.in_flight == 1
+            hung.health.healthy = False
+            server.proxy.worker_unhealthy(hung)
+            assert (await task).text() == text
+
+    run(main)

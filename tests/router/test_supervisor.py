@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 import sys
 import time
@@ -107,6 +109,26 @@ def test_the_first_worker_may_start_alone(alone):
             await until(lambda: supervisor.num_up == 2)
             order = ["start", "up", "start", "up"] if alone else ["start", "start", "up", "up"]
             await until(lambda: heard.kinds() == order)
+
+    run(main, 50)
+
+
+def test_a_worker_that_dies_before_it_is_registered_is_started_again():
+    """Whoever registers it would wait for it for half an hour."""
+
+    async def main():
+        async with supervised(fake(0)) as (supervisor, heard):
+            waiting = []
+
+            async def never(url):
+                waiting.append(url)
+                await asyncio.Event().wait()
+
+            supervisor._on_up = never
+            await until(lambda: waiting)
+            os.kill(supervisor.pids[0], signal.SIGKILL)
+            await until(lambda: heard.kinds() == ["start", "down", "start"])
+            supervisor._on_up = heard.up
 
     run(main, 50)
 

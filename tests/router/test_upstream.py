@@ -124,6 +124,31 @@ def test_a_kept_connection_that_the_worker_closed_costs_nothing():
     run(main)
 
 
+def test_a_request_that_the_worker_had_for_long_is_not_sent_again(monkeypatch):
+    """It may be what the worker died of; whoever asked decides who gets it next."""
+    monkeypatch.setattr("router.upstream.STALE_S", 0.1)
+    num_seen = 0
+
+    async def handler(reader, writer):
+        nonlocal num_seen
+        await request_of(reader)
+        writer.write(OK)
+        await request_of(reader)
+        num_seen += 1
+        await asyncio.sleep(0.2)
+        writer.close()
+
+    async def main():
+        async with server(handler) as (url, writers, upstream):
+            await (await upstream.request(url, "POST", "/", body=b"{}")).read()
+            with pytest.raises(ConnectFailed) as failed:
+                await upstream.request(url, "POST", "/", body=b"{}")
+            assert failed.value.sent
+            assert (num_seen, len(writers)) == (1, 1)
+
+    run(main)
+
+
 @pytest.mark.parametrize(
     "head", [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"HTTP/1.0 200 OK\r\n\r\n"]
 )
