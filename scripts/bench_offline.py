@@ -356,14 +356,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def configured(engine_flags: list[str], shape: str | None, folder: Path) -> ServerConfig:
+def configured(
+    engine_flags: list[str], shape: str | None, folder: Path, layers: int | None = None
+) -> ServerConfig:
     """The engine's configuration; a published `shape` is written into `folder`, for dummy weights.
+
+    Args: layers: how many of the shape's, from the first; None for all.
 
     Raises:
         ConfigError: a flag cannot be served.
     """
     if shape is not None:
-        (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
+        cut = {} if layers is None else {"num_hidden_layers": layers}
+        (folder / "config.json").write_text(json.dumps(SHAPES[shape] | cut), encoding="utf-8")
         engine_flags = [*engine_flags, "--model-path", str(folder), "--load-format", "dummy"]
     config = parse_args(engine_flags)
     if config.compilation_cache_dir is None:

@@ -142,7 +142,8 @@ def sized(config: ServerConfig, spec: ModelSpec, args: argparse.Namespace) -> Se
     """The configuration with a pool of --kv-memory-gib and just the programs that are measured.
 
     Raises:
-        ValueError: the pool would not hold one sequence of --limit-context tokens.
+        ValueError: the pool would not hold one sequence of --limit-context tokens, or a device
+            would not hold the pool.
     """
     on_cpu = jax.default_backend() == "cpu"
     kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, spec.dtype)
@@ -153,6 +154,12 @@ def sized(config: ServerConfig, spec: ModelSpec, args: argparse.Namespace) -> Se
         raise ValueError(
             f"--kv-memory-gib {args.kv_memory_gib} does not hold a sequence of "
             f"{args.limit_context} tokens."
+        )
+    need, limit = spec.device_bytes() + pages * page, memory_limit()
+    if limit is not None and need > limit:
+        raise ValueError(
+            f"Weights and a pool of {args.kv_memory_gib:g} GiB take {need / 2**30:.1f} GiB a "
+            f"device, more than the {limit / 2**30:.1f} of --mem-fraction-static."
         )
     slices = spec.layout.num_slices * (args.devices // spec.layout.num_devices)
     buckets = {min(most_slots(args), fullest(b, slices)) for b in args.batches}
@@ -167,6 +174,12 @@ def sized(config: ServerConfig, spec: ModelSpec, args: argparse.Namespace) -> Se
         extend_buckets=config.extend_buckets or ((64,) if on_cpu else (8192,)),
         context_length=config.context_length or longest,
     )
+
+
+def memory_limit() -> int | None:
+    """Bytes that each device may use; None on CPU."""
+    stats = [device.memory_stats() for device in jax.devices()]
+    return min((int(s["bytes_limit"]) for s in stats if s), default=None)
 
 
 def largest_batch(pages: int, page_size: int, args: argparse.Namespace) -> int:
@@ -346,12 +359,17 @@ def exchange_us(runner: ModelRunner, tokens: int, repeats: int, seed: int) -> fl
 
 
 def profile(runner: ModelRunner, plans: Sequence[StepPlan]) -> Row:
-    """Where a step's time goes on the first GPU; empty without one."""
+    """Where a step's time goes on the first GPU, and by how much the GPU that computes most does
+    more than the mean; empty without GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run(runner, plans)
-        events = device_events(folder)
-    return account(events, len(plans))
+        devices = [device_events(folder, d) for d in range(runner.layout.num_devices)]
+    rows = [account(events, len(plans)) for events in devices]
+    if not all(rows):
+        return {}
+    computing = [row["busy ms"] - row["exposed collective ms"] for row in rows]
+    return rows[0] | {"imbalance %": 100 * (max(computing) / statistics.mean(computing) - 1)}
 
 
 def account(events: Sequence[tuple[str, float, float]], steps: int) -> Row:
@@ -394,7 +412,7 @@ def measure_layout(args: argparse.Namespace, engine_flags: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            config = configured(engine_flags, args.shape, Path(temporary))
+            config = configured(engine_flags, args.shape, Path(temporary), args.layers)
             if config.max_total_tokens is not None:
                 raise ValueError("--max-total-tokens: give --kv-memory-gib, the same for all.")
             configure_jax(config)
@@ -468,7 +486,7 @@ def overview(results: Mapping[str, Rows]) -> list[Row]:
             }
         if limit:
             line |= {"batch": limit["batch"], "ms": limit["ms"], "tok/s": limit["tok/s"]}
-            line |= {k: limit[k] for k in ("collective ms", "idle %") if k in limit}
+            line |= {k: limit[k] for k in ("collective ms", "idle %", "imbalance %") if k in limit}
         if prefill:
             line["prefill tok/s"] = prefill["tok/s"]
             if "collective ms" in prefill:
@@ -581,7 +599,7 @@ def report(results: Mapping[str, Rows], args: argparse.Namespace) -> None:
     for key, title in titles.items():
         if tables[key]:
             print(f"{title}\n{table(tables[key])}\n", flush=True)
-    emit("parallel", shape=args.shape, devices=args.devices, tables=tables)
+    emit("parallel", shape=args.shape, layers=args.layers, devices=args.devices, tables=tables)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -604,6 +622,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--shape", choices=tuple(SHAPES), help="dummy weights of this published configuration")
+    add("--layers", type=int, help="the first ones of --shape only, for models that do not fit")
     add("--devices", type=int, default=2, help="of every layout (default: 2)")
     add("--layout", action="append", metavar="NAME[:FLAGS]", help="measure this one, repeatable")
     add("--quick", action="store_true", help="three layouts, fewer batches and contexts")

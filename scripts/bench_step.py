@@ -186,12 +186,12 @@ def run(runner: ModelRunner, plans: Sequence[StepPlan]) -> float:
 # ---- the profile ---------------------------------------------------------------------------------
 
 
-def device_events(folder: str) -> list[tuple[str, float, float]]:
-    """(kernel, start, end) in ns of what ran on the first GPU's streams, in order."""
+def device_events(folder: str, device: int = 0) -> list[tuple[str, float, float]]:
+    """(kernel, start, end) in ns of what ran on the streams of a GPU, the first one, in order."""
     events = []
     for path in Path(folder).rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            if not plane.name.startswith("/device:GPU:0"):
+            if not re.match(rf"/device:GPU:{device}\b", plane.name):
                 continue
             for line in plane.lines:
                 if line.name.startswith("Stream"):

@@ -182,7 +182,7 @@ def describe(e: Estimate, name: str) -> list[str]:
     ]
     if model.num_experts:
         held = -(-model.num_experts // layout.size(layout.moe_ep))
-        lines.append(f"  experts       {held} on each device, tokens exchanged by {e.exchange}")
+        lines.append(f"  experts       {held} on each device, --moe-a2a-backend {e.exchange}")
     lines.append(f"  weights       {size(e.weights)} a device ({e.dtype})")
     return [*lines, *_describe_kv(e), f"  DP attention  {worth(e)}"]
 

@@ -16,7 +16,7 @@ from serving.request import SamplingParams
 from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan
 from tests.fixtures import LOGIT_TOLERANCE, load_fixture
 from tests.serving.engine.engines import fixture_engine, request
-from tests.serving.engine.random_steps import LAYOUTS, OVERLAP, play
+from tests.serving.engine.random_steps import OVERLAP, play
 
 DPA = ["--tp", "2", "--dp-size", "2", "--ep", "2", "--enable-dp-attention"]
 SAMPLING = SamplingParams(max_tokens=1, temperature=0.0)
@@ -192,8 +192,10 @@ def test_the_pool_is_updated_in_place():
         assert memory.alias_size_in_bytes >= pool
 
 
-@pytest.mark.parametrize(("layout", "exchange"), LAYOUTS)
 @pytest.mark.timeout(120)
-def test_random_steps(layout, exchange):
-    """1,000 of them: `python -m tests.serving.engine.random_steps 1000`."""
-    play(layout, exchange, steps=30, seed=1)
+def test_random_steps():
+    """On more layouts, 1,000 of them: `python -m tests.serving.engine.random_steps 1000`."""
+    happened = play((8, 4, 8), "all_to_all", steps=30, seed=1)
+    assert happened["retractions"] > 0
+    assert happened["aborts"] > 0
+    assert happened["steps with slices in 3 modes"] > 0
