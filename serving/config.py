@@ -63,7 +63,7 @@ class ServerConfig:
     moe_dispatch_dtype: str = "auto"
     enable_two_batch_overlap: bool = False
     tbo_token_distribution_threshold: float = 0.48
-    tbo_min_prefill_tokens: int = 4096
+    tbo_min_prefill_tokens: int | None = None
     tbo_min_decode_rows: int | None = None
     moe_runner_backend: str = "auto"
     attention_backend: str = "auto"
@@ -416,8 +416,8 @@ def _add_layout_flags(group: _Group) -> None:
         group,
         "--enable-two-batch-overlap",
         action="store_true",
-        help="compute the rows of a slice as two micro-batches where that is faster, so that one's "
-        "exchange with the experts runs beside the other's computing",
+        help="compute the rows of a slice as two micro-batches, so that one's exchange with the "
+        "experts runs beside the other's computing; in which programs, the two flags below say",
     )
     _add(
         group,
@@ -431,7 +431,8 @@ def _add_layout_flags(group: _Group) -> None:
         group,
         "--tbo-min-prefill-tokens",
         type=int,
-        help="two-batch overlap is for prefill programs of at least so many tokens a slice",
+        help="two-batch overlap is for prefill programs of at least so many tokens a slice; default: "
+        "for none, since it lost wherever it was measured (docs/performance.md)",
     )
     _add(
         group,

@@ -15,7 +15,7 @@ from sharding.layout import Layout
 Exchange = Literal["none", "all_to_all"]
 
 MEASURED_US: dict[Exchange, tuple[tuple[float, float], ...]] = {
-    "none": ((0.0625, 41.0), (1.0, 52.0), (8.0, 129.0)),
+    "none": ((0.25, 29.0), (1.0, 41.0), (4.0, 71.0), (8.0, 118.0), (32.0, 381.0)),
     "all_to_all": ((0.1875, 44.0), (0.75, 44.0), (3.0, 67.0), (24.0, 245.0)),
 }
 """(MiB that leave a device on the way out, us there and back), ascending: two H100 over NVLink,
