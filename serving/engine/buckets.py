@@ -1,7 +1,7 @@
 """Which sizes programs are compiled for, and which of them a step takes.
 
 Two families: *decode* programs (one row per running request) and *extend* programs (prompt tokens
-behind a full set of decode rows). All slices of a step run the same program, at the fullest
+behind decode rows, a few or a full set). All slices of a step run the same program, at the fullest
 slice's size. Deterministic inference has one size of each family, and no step mixes them.
 """
 
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from serving.config import ConfigError, ServerConfig
 from serving.scheduler.plan import StepPlan
 
-DEFAULT_DECODE = {"cpu": (1, 8, 32), "accelerator": (1, 8, 32, 64, 128, 256)}
+DEFAULT_DECODE = {"cpu": (1, 8, 32), "accelerator": (1, 8, 32, 64, 128, 256, 512)}
 DEFAULT_EXTEND = {"cpu": (64, 512), "accelerator": (128, 512, 2048, 8192)}
 DETERMINISTIC_DECODE = {"cpu": (32,), "accelerator": (256,)}
 DETERMINISTIC_EXTEND = {"cpu": (512,), "accelerator": (2048,)}
 """Every prefill step costs the one size there is: smaller than the largest of the others."""
 MAX_CHUNKS = 64
+FEW_DECODE_ROWS = 32
+"""Up to so many decode rows, a step with prefill takes a program that has no more: a prompt that
+comes to an idle server does not pay for padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class Shape:
 
     def __str__(self) -> str:
         if self.prefill_rows:
-            return f"extend {self.prefill_rows}"
+            return f"extend {self.prefill_rows} beside {self.decode_rows}"
         return f"decode {self.decode_rows}"
 
 
@@ -74,9 +77,21 @@ class Buckets:
         """
         return min(MAX_CHUNKS, max(1, self.extend[-1] // 16))
 
+    @property
+    def beside_prefill(self) -> tuple[int, ...]:
+        """Decode rows that extend programs have room for, ascending; the last is all there can be."""
+        if not self.mixed:
+            return (0,)
+        few = [b for b in self.decode[:-1] if FEW_DECODE_ROWS // 2 <= b <= FEW_DECODE_ROWS]
+        return (*few[-1:], self.slots)
+
     def shapes(self) -> list[Shape]:
         """Every program's sizes, the largest extend program first."""
-        extend = [self._extend_shape(m) for m in reversed(self.extend)]
+        extend = [
+            self._extend_shape(m, b)
+            for m in reversed(self.extend)
+            for b in reversed(self.beside_prefill)
+        ]
         return extend + [Shape(decode_rows=b) for b in reversed(self.decode)]
 
     @property
@@ -84,12 +99,8 @@ class Buckets:
         """The sizes of sampling programs, the largest first."""
         return sorted({shape.sampled_rows for shape in self.shapes()}, reverse=True)
 
-    def _extend_shape(self, prefill_rows: int) -> Shape:
-        return Shape(
-            decode_rows=self.slots if self.mixed else 0,
-            prefill_rows=prefill_rows,
-            chunks=self.prefill_chunks,
-        )
+    def _extend_shape(self, prefill_rows: int, decode_rows: int) -> Shape:
+        return Shape(decode_rows=decode_rows, prefill_rows=prefill_rows, chunks=self.prefill_chunks)
 
     def shape_for(self, plan: StepPlan) -> Shape:
         """The smallest program that holds every slice of the plan.
@@ -108,9 +119,10 @@ class Buckets:
         tokens = max(sum(len(c.tokens) for c in s.prefill) for s in plan.slices)
         chunks = max(len(s.prefill) for s in plan.slices)
         if rows <= self.slots and chunks <= self.prefill_chunks:
+            beside = next(b for b in self.beside_prefill if rows <= b)
             for m in self.extend:
                 if tokens <= m:
-                    return self._extend_shape(m)
+                    return self._extend_shape(m, beside)
         raise ValueError(
             f"{tokens} prompt tokens in {chunks} chunks beside {rows} decode rows exceed "
             f"{self.extend[-1]} in {self.prefill_chunks} beside {self.slots}"
