@@ -79,7 +79,7 @@ class Buckets:
 
     @property
     def beside_prefill(self) -> tuple[int, ...]:
-        """Decode rows that extend programs have room for, ascending; the last is all there can be."""
+        """Decode rows that extend programs have room for, ascending; the last takes all."""
         if not self.mixed:
             return (0,)
         few = [b for b in self.decode[:-1] if FEW_DECODE_ROWS // 2 <= b <= FEW_DECODE_ROWS]

@@ -81,15 +81,14 @@ def decode_heads(
     ):
         product = functools.partial(heads.per_head, interpret=kernels.interpret)
         q_latent = product(q_nope, w_uk.stack, w_uk.layer)
-        out, weights = decode.decode_parts(
+        out, parts = decode.decode_parts(
             *(q_latent, q_rope, kv, layer, tables, lengths),
             scale=scale,
             interpret=kernels.interpret,
         )
-        if weights is not None and weights.shape[0] > heads.MAX_PARTS:
-            out = (out * weights[..., None]).sum(axis=0).astype(q_nope.dtype)
-            weights = None
-        return product(out, w_uv.stack, w_uv.layer, weights)
+        if parts is not None and len(out) > heads.MAX_PARTS:
+            out, parts = decode.merged(out, parts).astype(q_nope.dtype), None
+        return product(out, w_uv.stack, w_uv.layer, parts)
     q_latent = jnp.einsum("bhn,hnc->bhc", q_nope, w_uk[...])
     out = decode_attention(
         q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
