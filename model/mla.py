@@ -133,6 +133,7 @@ class MLAttention(nnx.Module):
                     batch.chunk_first_row,
                     batch.chunk_rows,
                     batch.chunk_start,
+                    rows.prefixes,
                     scale=scale,
                     kernels=kernels,
                 )

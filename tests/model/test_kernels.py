@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
 from model.moe import route
 from model.ops import routing
@@ -19,7 +20,13 @@ from model.ops.dense import StackedWeight, matmul
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
 from model.ops.kernels import XLA
-from model.ops.mla_attention import decode, decode_attention, decode_heads, extend_attention
+from model.ops.mla_attention import (
+    decode,
+    decode_attention,
+    decode_heads,
+    extend,
+    extend_attention,
+)
 from model.ops.mla_attention.heads import per_head
 from model.ops.routing import unsupported as routing_unsupported
 from tests.fixtures import DATA
@@ -73,23 +80,20 @@ def test_decode_attention_equals_its_twin(rng, heads, page_size, kv_dtype, split
     assert (np.asarray(got[3]) == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("rows", "chunks"),  # chunks: (start, rows)
-    [
-        (32, [(0, 5), (7, 1), (120, 20)]),
-        (300, [(0, 150), (130, 140)]),
-        (256, [(0, 256)]),
-        (16, []),
-        (130, [(500, 129)]),
-        (200, [(0, 90), (0, 1), (0, 100)]),
-    ],
-)
-@pytest.mark.parametrize("heads", [3, 16])
-def test_extend_attention_equals_its_twin(rng, rows, chunks, heads):
+def extend_inputs(rng, rows, chunks, heads, shared=()):
+    """Arguments of `extend_attention` for chunks (start, rows), all but the keyword ones.
+
+    `shared`: chunks that have the prefix of the chunk before them.
+    """
     contexts = [start + n for start, n in chunks]
-    kv, tables = pool_and_tables(rng, contexts + [0] * (4 - len(chunks)), 16, 42)
-    first = np.full(4, rows, np.int32)
-    counts, starts = np.zeros(4, np.int32), np.zeros(4, np.int32)
+    kv, tables = pool_and_tables(rng, contexts + [0] * (5 - len(chunks)), 16, 42)
+    tables = np.array(tables)
+    for i in shared:
+        assert chunks[i][0] == chunks[i - 1][0]
+        assert chunks[i][0] % 16 == 0
+        tables[i, : chunks[i][0] // 16] = tables[i - 1, : chunks[i][0] // 16]
+    first = np.full(5, rows, np.int32)
+    counts, starts = np.zeros(5, np.int32), np.zeros(5, np.int32)
     latents = np.zeros((rows, LATENT + ROPE), np.float32)
     at = 0
     for i, (start, n) in enumerate(chunks):
@@ -100,19 +104,41 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, heads):
         at += n
     shapes = [(rows, heads, NOPE), (rows, heads, ROPE), (heads, NOPE, LATENT)]
     arrays = [rng.standard_normal(s) for s in (*shapes, (heads, LATENT, VALUE))]
-    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
+    arrays = [jnp.asarray(a, jnp.float32) for a in (*arrays, latents)]
+    numbers = [jnp.asarray(a) for a in (tables, first, counts, starts)]
+    prefixes = find_prefixes(numbers[2], numbers[3], numbers[0], 16)
+    return arrays, kv, numbers, prefixes
 
-    def run(kv, kernels):
-        return extend_attention(
-            *(*arrays, jnp.asarray(latents), kv, jnp.int32(1), tables),
-            *(jnp.asarray(a) for a in (first, counts, starts)),
-            scale=SCALE / 4,
-            kernels=kernels,
-        )
 
-    got, want = run(kv, KERNELS), run(no_nan(kv), XLA)
+def run_extend(arrays, kv, numbers, prefixes, kernels):
+    return extend_attention(
+        *(*arrays, kv, jnp.int32(1), *numbers, prefixes), scale=SCALE / 4, kernels=kernels
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunks", "shared"),  # chunks: (start, rows)
+    [
+        (32, [(0, 5), (7, 1), (120, 20)], ()),
+        (300, [(0, 150), (130, 140)], ()),
+        (256, [(0, 256)], ()),
+        (16, [], ()),
+        (130, [(500, 129)], ()),
+        (200, [(0, 90), (0, 1), (0, 100)], ()),
+        (150, [(96, 30), (96, 40), (96, 1), (32, 9), (32, 50)], (1, 2, 4)),
+    ],
+)
+@pytest.mark.parametrize("heads", [3, 16])
+def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monkeypatch):
+    monkeypatch.setattr(extend, "MIN_PIECE", 64)  # prefixes take several pieces
+    monkeypatch.setattr(extend, "MAX_PIECE", 128)
+    arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, heads, shared)
+    distinct = [start for i, (start, _) in enumerate(chunks) if i not in shared]
+    assert int(prefixes.ends[-1]) == sum(distinct)
+    got = run_extend(arrays, kv, numbers, prefixes, KERNELS)
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, XLA)
     np.testing.assert_allclose(got, want, atol=1e-4)
-    assert (np.asarray(got[at:]) == 0).all()
+    assert (np.asarray(got[sum(n for _, n in chunks) :]) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -253,12 +279,13 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     )
     assert "triton" in text
     text = lowered_for_cuda(
-        lambda *a: extend_attention(*a, scale=0.1, kernels=kernels),
+        lambda *a: extend_attention(*a[:-3], Prefixes(*a[-3:]), scale=0.1, kernels=kernels),
         *(array(2048, 16, 128), array(2048, 16, 64), array(16, 128, 512), array(16, 512, 128)),
         *(array(2048, 576), pool, layer, array(64, 300, dtype=i32)),
-        *(array(64, dtype=i32) for _ in range(3)),
+        *(array(64, dtype=i32) for _ in range(6)),
     )
-    assert text.count("gpu.triton") == 3 or "triton" in text
+    assert "mla_causal" in text
+    assert "mla_prefix" in text
     stacks = array(27, 16, 128, 512), array(27, 16, 512, 128)
     text = lowered_for_cuda(
         lambda q, r, uk, uv, pool, layer, *a: decode_heads(

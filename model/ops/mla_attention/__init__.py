@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.batch import Prefixes
 from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
 from model.ops.mla_attention import decode, extend, heads, xla
@@ -108,6 +109,7 @@ def extend_attention(
     chunk_first_row: jax.Array,
     chunk_rows: jax.Array,
     chunk_start: jax.Array,
+    prefixes: Prefixes,
     *,
     scale: float,
     kernels: Kernels = XLA,
@@ -120,24 +122,20 @@ def extend_attention(
         latents: [M, C + R], the rows' own entries, which are in the pool too.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
+        prefixes: see `model.batch.find_prefixes`.
         scale: softmax scale.
         kernels: which implementation.
 
     Returns:
         [M, H, V]; 0 for padding rows.
     """
-    chunks = (tables, chunk_first_row, chunk_rows, chunk_start)
+    chunks = (tables, chunk_first_row, chunk_rows)
     if kernels.extend_attention == "xla":
-        return xla.extend_attention(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, scale=scale)
+        return xla.extend_attention(
+            *(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, chunk_start), scale=scale
+        )
     return extend.extend_attention(
-        q_nope,
-        q_rope,
-        w_uk,
-        w_uv,
-        latents,
-        kv,
-        layer,
-        *chunks,
+        *(q_nope, q_rope, w_uk, w_uv, latents, kv, layer, *chunks, prefixes),
         scale=scale,
         interpret=kernels.interpret,
     )

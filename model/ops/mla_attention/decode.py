@@ -65,7 +65,7 @@ def _kernel(
             kv_ref, table_ref, layer, tokens, live, latent=latent, dtype=q_latent.dtype
         )
         scores = dot(q_latent, c, transposed=True) + dot(q_rope, rope, transposed=True)
-        return Softmax(*so_far).add(scores * (scale * LOG2_E), live[None], c)
+        return Softmax(*so_far).add(scores, scale * LOG2_E, c, live[None])
 
     result = Softmax(*lax.fori_loop(first, last, body, Softmax.empty(heads, latent)))
     if splits == 1:
