@@ -107,9 +107,7 @@ def derive_rows(batch: ForwardBatch, page_size: int) -> Rows:
         valid=valid,
         pages=jnp.where(valid, pages, 0),
         offsets=positions % page_size,
-        prefixes=find_prefixes(
-            batch.chunk_rows, batch.chunk_start, batch.chunk_tables, page_size
-        ),
+        prefixes=find_prefixes(batch.chunk_rows, batch.chunk_start, batch.chunk_tables, page_size),
     )
 
 

@@ -6,6 +6,8 @@ Decode rows use the absorbed form, prompt rows the naive form; both are equal in
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,9 +16,10 @@ from model.batch import ForwardBatch, Rows
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
-from model.ops.dense import matmul
+from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.kernels import XLA, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
+from model.ops.mla_attention.inputs import finish_inputs
 from model.quantization import saturating_cast
 from model.rope import apply_rope, query_scale
 
@@ -56,16 +59,18 @@ class MLAttention(nnx.Module):
 
         positions i32 [T] count where queries are scaled by position.
         """
-        if self.config.q_lora_rank is None:
-            q = matmul(x, self.q_proj.get_value(), 1, kernels)
-        else:
-            latent = matmul(x, self.q_a.get_value(), 1, kernels)
-            latent = rms_norm(latent, self.q_a_norm[...], LATENT_NORM_EPS)
-            q = matmul(latent, self.q_b.get_value(), 1, kernels)
+        q = matmul(*self._query_product(x, kernels), 1, kernels)
         if self.config.query_scale_beta:
             q = q * query_scale(self.config, positions)[:, None, None].astype(q.dtype)
         nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return nope, apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
+
+    def _query_product(self, x: jax.Array, kernels: Kernels) -> tuple[jax.Array, Any]:
+        """Rows and the weight whose product are the queries [T, H, nope + R]."""
+        if self.config.q_lora_rank is None:
+            return x, self.q_proj.get_value()
+        latent = matmul(x, self.q_a.get_value(), 1, kernels)
+        return rms_norm(latent, self.q_a_norm[...], LATENT_NORM_EPS), self.q_b.get_value()
 
     def latents(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, kernels: Kernels = XLA
@@ -76,6 +81,42 @@ class MLAttention(nnx.Module):
         latent = rms_norm(latent, self.kv_a_norm[...], LATENT_NORM_EPS)
         rope = apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
         return jnp.concatenate([latent, rope], axis=-1)
+
+    def _inputs(
+        self,
+        x: jax.Array,
+        kv: jax.Array,
+        layer: jax.Array,
+        rows: Rows,
+        cos: jax.Array,
+        sin: jax.Array,
+        kernels: Kernels,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """`queries` (the first ones perhaps wider than nope), the entries as cached [T, C + R] in
+        x's dtype, and the pool in which they are written."""
+        c = self.config
+        if kernels.mla_inputs == "xla":
+            entries = saturating_cast(self.latents(x, cos, sin, kernels), kv.dtype)
+            kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
+            queries = self.queries(x, cos, sin, rows.positions, kernels)
+            return *queries, entries.astype(x.dtype), kv
+        norm = self.kv_a_norm.get_value()
+        if not isinstance(norm, StackedWeight):
+            norm = StackedWeight(stack=norm[None], layer=jnp.int32(0))
+        q, q_rope, entries, kv = finish_inputs(
+            matmul_parts(*self._query_product(x, kernels), 1, kernels),
+            matmul_parts(x, self.kv_a.get_value(), 1, kernels),
+            *(norm.stack, norm.layer, cos, sin),
+            *(kv, layer, rows.pages, rows.offsets, x.dtype),
+            nope=c.qk_nope_head_dim,
+            interleaved=c.rope_interleaved,
+            eps=LATENT_NORM_EPS,
+            interpret=kernels.interpret,
+        )
+        if c.query_scale_beta:
+            factor = query_scale(c, rows.positions)[:, None, None].astype(q.dtype)
+            q, q_rope = q * factor, q_rope * factor
+        return q, q_rope, entries, kv
 
     def __call__(
         self,
@@ -98,10 +139,7 @@ class MLAttention(nnx.Module):
         Returns:
             [T, D], complete, and the updated pool.
         """
-        latents = self.latents(x, cos, sin, kernels)
-        entries = saturating_cast(latents, kv.dtype)
-        kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
-        q_nope, q_rope = self.queries(x, cos, sin, rows.positions, kernels)
+        q_nope, q_rope, entries, kv = self._inputs(x, kv, layer, rows, cos, sin, kernels)
         scale, b = self.config.attention_scale, batch.num_decode_rows
         parts = []
         if b:
@@ -122,11 +160,11 @@ class MLAttention(nnx.Module):
         if batch.num_prefill_rows:
             parts.append(
                 extend_attention(
-                    q_nope[b:],
-                    q_rope[b:],
+                    q_nope,
+                    q_rope,
                     self.w_uk[...],
                     self.w_uv[...],
-                    entries[b:].astype(x.dtype),
+                    entries[b:],
                     kv,
                     layer,
                     batch.chunk_tables,

@@ -62,6 +62,7 @@ def choose_kernels(
     kernels = Kernels(
         decode_attention=attention,
         extend_attention=extend,
+        mla_inputs=attention,
         grouped_mlp=experts,
         routing=routing,
         dense=attention,

@@ -6,6 +6,7 @@ The twin's own definition is tested in test_ops.py. Memory that a kernel must no
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
+from model.layers import rms_norm
 from model.moe import route
 from model.ops import routing
 from model.ops.dense import StackedWeight, matmul
@@ -28,7 +30,9 @@ from model.ops.mla_attention import (
     extend_attention,
 )
 from model.ops.mla_attention.heads import per_head
+from model.ops.mla_attention.inputs import finish_inputs
 from model.ops.routing import unsupported as routing_unsupported
+from model.rope import apply_rope
 from tests.fixtures import DATA
 from tests.harness import KERNELS
 
@@ -220,6 +224,41 @@ def test_products_of_every_head_equal_an_einsum(rng, parts):
     np.testing.assert_allclose(got, jnp.einsum("bhk,hkn->bhn", summed, stack[1]), atol=1e-4)
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(
+    ("parts", "heads", "kv_dtype"), [(1, 3, "float32"), (2, 20, "float32"), (3, 4, "float8_e4m3fn")]
+)
+def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype, interleaved):
+    t, page_size = 7, 4
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    q, entry = normal(parts, t, heads, NOPE + ROPE), normal(2, t, LATENT + ROPE)
+    norm, cos, sin = normal(3, LATENT), normal(t, ROPE // 2), normal(t, ROPE // 2)
+    kv = normal(LAYERS, 9, page_size, LATENT + ROPE).astype(kv_dtype)
+    pages = jnp.asarray(rng.permutation(9)[:t], jnp.int32)
+    offsets = jnp.asarray(rng.integers(0, page_size, t), jnp.int32)
+    places = (jnp.int32(1), pages, offsets)
+    got_q, got_rope, got_entries, got_kv = finish_inputs(
+        *(q, entry, norm, jnp.int32(2), cos, sin, kv, *places, jnp.float32),
+        nope=NOPE,
+        interleaved=interleaved,
+        eps=1e-6,
+        interpret=True,
+    )
+    rotate = functools.partial(apply_rope, cos=cos, sin=sin, interleaved=interleaved)
+    q, entry = q.sum(axis=0), entry.sum(axis=0)
+    latent = rms_norm(entry[:, :LATENT], norm[2], 1e-6)
+    entries = jnp.concatenate([latent, rotate(entry[:, LATENT:])], axis=-1).astype(kv_dtype)
+    np.testing.assert_allclose(got_q[..., :NOPE], q[..., :NOPE], atol=1e-6)
+    np.testing.assert_allclose(got_rope, rotate(q[..., NOPE:]), atol=1e-5)
+    close = {"rtol": 0.13 if kv_dtype == "float8_e4m3fn" else 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(got_entries, entries.astype(jnp.float32), **close)
+    want = kv.at[places].set(got_entries.astype(kv_dtype))
+    np.testing.assert_array_equal(*(a.astype(jnp.float32) for a in (got_kv, want)))
+
+
 @pytest.mark.parametrize(
     "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2"]
 )  # softmax; sigmoid with bias; softmax, normalised; experts that are no power of two
@@ -301,6 +340,18 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
         *(array(64, 300, dtype=i32), array(64, dtype=i32)),
     )
     assert text.count("per_head") >= 2
+
+    def inputs(*a):
+        return finish_inputs(*a, jnp.bfloat16, nope=128, interleaved=True, eps=1e-6)
+
+    for parts in (1, 4):
+        text = lowered_for_cuda(
+            inputs,
+            *(array(parts, 64, 16, 192), array(parts, 64, 576), array(26, 512), layer),
+            *(array(64, 32, dtype=jnp.float32), array(64, 32, dtype=jnp.float32)),
+            *(pool, layer, array(64, dtype=i32), array(64, dtype=i32)),
+        )
+        assert "mla_inputs" in text
     text = lowered_for_cuda(
         lambda x, w, i: matmul(x, StackedWeight(stack=w, layer=i), 1, kernels),
         *(array(64, 2048), array(26, 2048, 2, 2816), layer),

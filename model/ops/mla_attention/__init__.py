@@ -69,7 +69,7 @@ def decode_heads(
     """Decode attention between the heads' own matrices: [B, H, nope] -> [B, H, V].
 
     Args:
-        q_nope: [B, H, nope]; q_rope: [B, H, R], rotated.
+        q_nope: [B, H, nope or more], the first nope numbers count; q_rope: [B, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], as arrays or what stands for them.
         kv, layer, tables, lengths, scale, kernels: see `decode_attention`.
     """
@@ -90,7 +90,8 @@ def decode_heads(
         if parts is not None and len(out) > heads.MAX_PARTS:
             out, parts = decode.merged(out, parts).astype(q_nope.dtype), None
         return product(out, w_uv.stack, w_uv.layer, parts)
-    q_latent = jnp.einsum("bhn,hnc->bhc", q_nope, w_uk[...])
+    w_uk = w_uk[...]
+    q_latent = jnp.einsum("bhn,hnc->bhc", q_nope[..., : w_uk.shape[1]], w_uk)
     out = decode_attention(
         q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
     )
@@ -116,8 +117,10 @@ def extend_attention(
 ) -> jax.Array:
     """Every prefill row against its own sequence: the cached prefix and the chunk up to itself.
 
+    The prefill rows are the last M of T.
+
     Args:
-        q_nope: [M, H, nope]; q_rope: [M, H, R], rotated.
+        q_nope: [T, H, nope or more], the first nope numbers count; q_rope: [T, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
         latents: [M, C + R], the rows' own entries, which are in the pool too.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
@@ -131,6 +134,8 @@ def extend_attention(
     """
     chunks = (tables, chunk_first_row, chunk_rows)
     if kernels.extend_attention == "xla":
+        before = len(q_nope) - len(latents)
+        q_nope, q_rope = q_nope[before:, :, : w_uk.shape[1]], q_rope[before:]
         return xla.extend_attention(
             *(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, chunk_start), scale=scale
         )

@@ -69,21 +69,32 @@ def _kernel(
     first_key_ref,
     num_keys_ref,
     *refs,
+    before: int,
+    rows: int,
     keys: int,
+    nope: int,
     scale: float,
     causal: bool,
     starts: bool,
 ):
     """A block of rows of one head against the keys of their own chunks.
 
-    Keys are met in blocks that begin with a chunk's first key, wherever that stands. `refs`: the
-    state to start from, if it `starts` from one; the output, and the log-sum-exps if not causal.
+    Queries have `before` rows before the first that counts. Keys are met in blocks that begin with
+    a chunk's first key, wherever that stands. `refs`: the state to start from, if it `starts` from
+    one; the output, and the log-sum-exps if not causal.
     """
-    q_nope, q_rope, factor = q_nope_ref[...], q_rope_ref[...], scale * LOG2_E
-    rows = q_nope.shape[0]
+    factor = scale * LOG2_E
     block, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
     first_of_block = block * rows
     row = first_of_block + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+
+    def read_queries(ref, size: int) -> jax.Array:
+        across = lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        at = before + row[:, None]
+        return plgpu.load(ref.at[at, head, across], mask=at < ref.shape[0], other=0)
+
+    q_nope = read_queries(q_nope_ref, nope)
+    q_rope = read_queries(q_rope_ref, q_rope_ref.shape[-1])
 
     def one_chunk(c, so_far):
         first_row, first_key, num_keys = first_row_ref[c], first_key_ref[c], num_keys_ref[c]
@@ -142,18 +153,20 @@ def _attend(
     chunks: Chunks,
     start: State | None,
     *,
+    m: int,
     scale: float,
     causal: bool,
     interpret: bool,
 ) -> State | jax.Array:
-    """Rows [M, H, nope] and [M, H, R] against their chunks' keys, M in whole blocks.
+    """The last M rows of [T, H, nope or more] and [T, H, R] against their chunks' keys.
 
     Causal, keys are the rows themselves and the result is [M, H, V]; else every key is seen, and
-    the result is the state, written over `start`.
+    the result is the state, written over `start`. Both are of whole blocks of rows, a few more
+    than M.
     """
-    (m, heads, nope), value = q_nope.shape, expanded.values.shape[-1]
+    heads, value = q_nope.shape[1], expanded.values.shape[-1]
     rows = block_rows(m)
-    blocks = m // rows
+    blocks = -(-m // rows)
 
     def of_rows(*width: int) -> pl.BlockSpec:
         zeros = (0,) * len(width)
@@ -162,30 +175,32 @@ def _attend(
     operands = (*expanded, _chunks_of_blocks(chunks.first_row, blocks, rows), *chunks)
     state_specs = [of_rows(value), of_rows()]
     if causal:
-        out_specs, out_shape = [state_specs[0]], [((m, heads, value), q_nope.dtype)]
+        out_specs, out_shape = [state_specs[0]], [((blocks * rows, heads, value), q_nope.dtype)]
     else:
         out_specs = state_specs
-        out_shape = [((m, heads, value), jnp.float32), ((m, heads), jnp.float32)]
+        out_shape = [((blocks * rows, heads, *width), jnp.float32) for width in ((value,), ())]
+    operands = (q_nope, q_rope, *operands)
     state = start or ()
-    first_state = 2 + len(operands)
     out = pl.pallas_call(
         functools.partial(
-            _kernel, keys=min(KEYS, rows), scale=scale, causal=causal, starts=bool(state)
+            _kernel,
+            before=len(q_nope) - m,
+            rows=rows,
+            keys=min(KEYS, rows),
+            nope=expanded.k_nope.shape[-1],
+            scale=scale,
+            causal=causal,
+            starts=bool(state),
         ),
         grid=(blocks, heads),
-        in_specs=[
-            of_rows(nope),
-            of_rows(q_rope.shape[-1]),
-            *(_whole(a) for a in operands),
-            *state_specs[: len(state)],
-        ],
+        in_specs=[*(_whole(a) for a in operands), *state_specs[: len(state)]],
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in out_shape],
-        input_output_aliases={} if causal else {first_state: 0, first_state + 1: 1},
+        input_output_aliases={} if causal else {len(operands): 0, len(operands) + 1: 1},
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="mla_causal" if causal else "mla_prefix",
-    )(q_nope, q_rope, *operands, *state)
+    )(*operands, *state)
     return out[0] if causal else tuple(out)
 
 
@@ -245,13 +260,9 @@ def extend_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See `model.ops.mla_attention.extend_attention`."""
-    m, heads, _ = q_nope.shape
+    m, heads = len(latents), q_nope.shape[1]
     latent, value = w_uv.shape[1:]
-    padding = -m % block_rows(m)
-    if padding:
-        q_nope, q_rope = (jnp.pad(a, ((0, padding), (0, 0), (0, 0))) for a in (q_nope, q_rope))
-        latents = jnp.pad(latents, ((0, padding), (0, 0)))
-    attend = functools.partial(_attend, q_nope, q_rope, scale=scale, interpret=interpret)
+    attend = functools.partial(_attend, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
 
     def expand(entries: jax.Array) -> Expanded:
         c = entries[:, :latent]
@@ -272,7 +283,7 @@ def extend_attention(
         return attend(expand(entries.astype(q_nope.dtype)), chunks, state, causal=False)
 
     def after_prefixes() -> jax.Array:
-        rows = q_nope.shape[0]
+        rows = m + -m % block_rows(m)
         nothing = (
             jnp.zeros((rows, heads, value), jnp.float32),
             jnp.full((rows, heads), MASKED, jnp.float32),

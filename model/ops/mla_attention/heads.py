@@ -55,7 +55,7 @@ def _kernel(x_ref, w_ref, layer_ref, *refs, rows: int, columns: int, depth: int)
         return total + jnp.dot(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
     zero = jnp.zeros((rows, columns), jnp.float32)
-    total = lax.fori_loop(0, x_ref.shape[-1] // depth, body, zero)
+    total = lax.fori_loop(0, w_ref.shape[2] // depth, body, zero)
     at = first + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
     plgpu.store(out_ref.at[row, head, at], total.astype(out_ref.dtype), mask=live)
 
@@ -79,13 +79,13 @@ def per_head(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """x [B, H, K] times stack[layer] of [L, H, K, N]: [B, H, N] in the stack's dtype.
+    """x [B, H, K or more] times stack[layer] of [L, H, K, N]: [B, H, N] in the stack's dtype.
 
-    With `parts`, the maxima and totals f32 [P, B, H] of the parts of a softmax, x is f32
-    [P, B, H, K] and the product is that of the merged parts.
+    Only the first K numbers of x count. With `parts`, the maxima and totals f32 [P, B, H] of the
+    parts of a softmax, x is f32 [P, B, H, K] and the product is that of the merged parts.
     """
-    b, heads, k = x.shape[-3:]
-    n = stack.shape[-1]
+    b, heads = x.shape[-3:-1]
+    k, n = stack.shape[-2:]
     rows = MIN_BLOCK
     while rows < min(b, 64):
         rows *= 2
