@@ -141,42 +141,37 @@ class MLAttention(nnx.Module):
         """
         q_nope, q_rope, entries, kv = self._inputs(x, kv, layer, rows, cos, sin, kernels)
         scale, b = self.config.attention_scale, batch.num_decode_rows
-        parts = []
-        if b:
-            parts.append(
-                decode_heads(
-                    q_nope[:b],
-                    q_rope[:b],
-                    self.w_uk.get_value(),
-                    self.w_uv.get_value(),
-                    kv,
-                    layer,
-                    batch.decode_tables,
-                    batch.decode_positions + 1,
-                    scale=scale,
-                    kernels=kernels,
-                )
-            )
         if batch.num_prefill_rows:
-            parts.append(
-                extend_attention(
-                    q_nope,
-                    q_rope,
-                    self.w_uk[...],
-                    self.w_uv[...],
-                    entries[b:],
-                    kv,
-                    layer,
-                    batch.chunk_tables,
-                    batch.chunk_first_row,
-                    batch.chunk_rows,
-                    batch.chunk_start,
-                    rows.prefixes,
-                    scale=scale,
-                    kernels=kernels,
-                )
+            attended = extend_attention(
+                q_nope,
+                q_rope,
+                self.w_uk[...],
+                self.w_uv[...],
+                entries[b:],
+                kv,
+                layer,
+                batch.chunk_tables,
+                batch.chunk_first_row,
+                batch.chunk_rows,
+                batch.chunk_start,
+                rows.prefixes,
+                scale=scale,
+                kernels=kernels,
+            )  # [T, H, V]
+        if b:
+            decoded = decode_heads(
+                q_nope[:b],
+                q_rope[:b],
+                self.w_uk.get_value(),
+                self.w_uv.get_value(),
+                kv,
+                layer,
+                batch.decode_tables,
+                batch.decode_positions + 1,
+                scale=scale,
+                kernels=kernels,
             )
-        attended = jnp.concatenate(parts)  # [T, H, V]
+            attended = attended.at[:b].set(decoded) if batch.num_prefill_rows else decoded
         return comm.sum_heads(matmul(attended, self.out.get_value(), 2, kernels)), kv
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -130,15 +130,16 @@ def extend_attention(
         kernels: which implementation.
 
     Returns:
-        [M, H, V]; 0 for padding rows.
+        [T, H, V]; 0 for padding rows, undefined for rows that are not prefill rows.
     """
     chunks = (tables, chunk_first_row, chunk_rows)
     if kernels.extend_attention == "xla":
         before = len(q_nope) - len(latents)
         q_nope, q_rope = q_nope[before:, :, : w_uk.shape[1]], q_rope[before:]
-        return xla.extend_attention(
+        out = xla.extend_attention(
             *(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, chunk_start), scale=scale
         )
+        return jnp.pad(out, ((before, 0), (0, 0), (0, 0)))
     return extend.extend_attention(
         *(q_nope, q_rope, w_uk, w_uv, latents, kv, layer, *chunks, prefixes),
         scale=scale,

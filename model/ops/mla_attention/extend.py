@@ -135,15 +135,19 @@ def _kernel(
 
     start = Softmax.empty(rows, value_ref.shape[-1])
     if starts:
-        before, log_sum = refs[0][...], refs[1][...]
-        start = Softmax(before, log_sum, jnp.where(log_sum > MASKED, 1.0, 0.0))
+        seen_so_far, log_sum = refs[0][...], refs[1][...]
+        start = Softmax(seen_so_far, log_sum, jnp.where(log_sum > MASKED, 1.0, 0.0))
     result = Softmax(
         *lax.fori_loop(blocks_ref[block, 0], blocks_ref[block, 1] + 1, one_chunk, start)
     )
-    out_ref = refs[2 * starts]
-    out_ref[...] = result.normalised().astype(out_ref.dtype)
     if not causal:
+        refs[-2][...] = result.normalised()
         refs[-1][...] = result.log_sum()
+        return
+    out_ref = refs[-1]
+    at = before + row[:, None], head, lax.broadcasted_iota(jnp.int32, (1, out_ref.shape[-1]), 1)
+    out = result.normalised().astype(out_ref.dtype)
+    plgpu.store(out_ref.at[at], out, mask=at[0] < out_ref.shape[0])
 
 
 def _attend(
@@ -160,9 +164,9 @@ def _attend(
 ) -> State | jax.Array:
     """The last M rows of [T, H, nope or more] and [T, H, R] against their chunks' keys.
 
-    Causal, keys are the rows themselves and the result is [M, H, V]; else every key is seen, and
-    the result is the state, written over `start`. Both are of whole blocks of rows, a few more
-    than M.
+    Causal, keys are the rows themselves and the result is [T, H, V], in which other rows are
+    undefined; else every key is seen, and the result is the state, written over `start`, with a
+    few rows more than M to make whole blocks.
     """
     heads, value = q_nope.shape[1], expanded.values.shape[-1]
     rows = block_rows(m)
@@ -175,7 +179,8 @@ def _attend(
     operands = (*expanded, _chunks_of_blocks(chunks.first_row, blocks, rows), *chunks)
     state_specs = [of_rows(value), of_rows()]
     if causal:
-        out_specs, out_shape = [state_specs[0]], [((blocks * rows, heads, value), q_nope.dtype)]
+        out_shape = [((*q_nope.shape[:2], value), q_nope.dtype)]
+        out_specs = [pl.BlockSpec(out_shape[0][0], lambda *_: (0, 0, 0))]
     else:
         out_specs = state_specs
         out_shape = [((blocks * rows, heads, *width), jnp.float32) for width in ((value,), ())]
@@ -291,4 +296,4 @@ def extend_attention(
         pieces = (prefixes.ends[-1] + size - 1) // size
         return causal(lax.fori_loop(0, pieces, one_piece, nothing))
 
-    return lax.cond(prefixes.ends[-1] > 0, after_prefixes, causal)[:m]
+    return lax.cond(prefixes.ends[-1] > 0, after_prefixes, causal)
