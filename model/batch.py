@@ -46,6 +46,20 @@ class ForwardBatch(NamedTuple):
         return self.prefill_tokens.shape[0]
 
 
+class Prefixes(NamedTuple):
+    """The distinct cached prefixes of C chunks, laid end to end.
+
+    Attributes:
+        lengths: i32 [C], tokens of each chunk's prefix; first: i32 [C], where it begins.
+        ends: i32 [C], ascending, where the prefix of a chunk ends that is the first one with it;
+            others add nothing. The last is the number of tokens of all.
+    """
+
+    lengths: jax.Array
+    first: jax.Array
+    ends: jax.Array
+
+
 class Rows(NamedTuple):
     """What every layer needs to know of the T = B + M rows; derived once per step.
 
@@ -54,6 +68,7 @@ class Rows(NamedTuple):
         positions: i32 [T]; 0 in padding rows.
         valid: bool [T].
         pages, offsets: i32 [T], where each row's KV entry goes; page 0 for padding.
+        prefixes: what the chunks find cached.
     """
 
     tokens: jax.Array
@@ -61,6 +76,11 @@ class Rows(NamedTuple):
     valid: jax.Array
     pages: jax.Array
     offsets: jax.Array
+    prefixes: Prefixes
+
+    def of(self, part: MicroBatch) -> Rows:
+        """Those of a micro-batch; the prefixes are still those of all chunks."""
+        return Rows(*(a[part.rows] for a in self[:-1]), prefixes=self.prefixes)
 
 
 class MicroBatch(NamedTuple):
@@ -118,7 +138,25 @@ def derive_rows(batch: ForwardBatch, page_size: int) -> Rows:
         valid=valid,
         pages=jnp.where(valid, pages, 0),
         offsets=positions % page_size,
+        prefixes=find_prefixes(batch.chunk_rows, batch.chunk_start, batch.chunk_tables, page_size),
     )
+
+
+def find_prefixes(
+    chunk_rows: jax.Array, chunk_start: jax.Array, chunk_tables: jax.Array, page_size: int
+) -> Prefixes:
+    """Lay out the chunks' prefixes; those that end alike on the same page are one.
+
+    Whoever has a page of a shared prefix has the same tokens before it. Arguments: `ForwardBatch`.
+    """
+    lengths = jnp.where(chunk_rows > 0, chunk_start, 0)  # [C]
+    chunks = jnp.arange(len(lengths), dtype=jnp.int32)
+    last_pages = chunk_tables[chunks, jnp.maximum(lengths - 1, 0) // page_size]
+    same = (lengths[:, None] == lengths) & (last_pages[:, None] == last_pages)  # [C, C]
+    leader = jnp.min(jnp.where(same, chunks, len(chunks)), axis=1, initial=len(chunks))
+    own = jnp.where(leader == chunks, lengths, 0)
+    ends = jnp.cumsum(own)
+    return Prefixes(lengths=lengths, first=(ends - own)[leader], ends=ends)
 
 
 def sampled_rows(batch: ForwardBatch) -> jax.Array:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.batch import ForwardBatch, MicroBatch
+from model.batch import ForwardBatch, MicroBatch, Prefixes, Rows
 from model.comm import Comm, SingleDevice
 from model.config import ModelConfig
 from model.heads import HeadSlots
 from model.layers import ParamFactory, rms_norm
 from model.ops.gqa_attention import decode_attention, extend_attention
-from model.ops.kernels import XLA, Kernels
+from model.ops.kernels import Kernels
+from model.quantization import saturating_cast
 from model.rope import apply_rope
 
 
@@ -39,20 +40,10 @@ class GQAttention(nnx.Module):
         self.out = make.normal((heads, d, width), ("heads", None, None))
         self.config, self.slots = config, slots
 
-    def project(
-        self,
-        x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        positions: jax.Array,
-        comm: Comm,
-        kernels: Kernels,
+    def queries_and_entries(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, comm: Comm
     ) -> tuple[jax.Array, jax.Array]:
-        """[T, D] -> rotated queries [T, N, G, d] and entries [T, 2, N, d] of the N local slots.
-
-        cos and sin are of the rows; positions and kernels are for `MLAttention`, which has a use
-        for them.
-        """
+        """[T, D] -> rotated queries [T, N, G, d] and entries [T, 2, N, d] of the N local slots."""
         q = jnp.einsum("td,dhk->thk", x, self.q_proj[...])
         kv = jnp.einsum("td,dnhk->tnhk", x, self.kv_proj[...])
         if self.config.qkv_bias:
@@ -61,6 +52,31 @@ class GQAttention(nnx.Module):
         q, key = self._rotated(q, cos, sin), self._rotated(key, cos, sin)
         q = q.reshape(q.shape[0], -1, self.slots.group, q.shape[-1])
         return q, jnp.stack([key, kv[:, 1]], axis=1)
+
+    def project(
+        self,
+        x: jax.Array,
+        kv: jax.Array,
+        layer: jax.Array,
+        rows: Rows,
+        cos: jax.Array,
+        sin: jax.Array,
+        comm: Comm,
+        kernels: Kernels,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries of normalised rows, and their entries, which are written into the pool.
+
+        Args:
+            x: [n, D]; rows, cos, sin: theirs.
+            kv: [L, pages, S, 2, N, d], this device's pool; layer: i32, this layer's index in it.
+            kernels: has nothing for GQA.
+
+        Returns:
+            [n, N, G, d]; the entries [n, 2, N, d]; the updated pool.
+        """
+        q, entries = self.queries_and_entries(x, cos, sin, comm)
+        written = saturating_cast(entries, kv.dtype)
+        return q, entries, kv.at[layer, rows.pages, rows.offsets].set(written)
 
     def _rotated(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """Rotate the first `rotary_dim` of x [T, heads, d]."""
@@ -101,6 +117,7 @@ class GQAttention(nnx.Module):
         kv: jax.Array,
         layer: jax.Array,
         batch: ForwardBatch,
+        prefixes: Prefixes,
         part: MicroBatch,
         comm: Comm,
         kernels: Kernels,
@@ -111,7 +128,7 @@ class GQAttention(nnx.Module):
             queries: [n, N, G, d], of the micro-batch's rows.
             entries: [T, 2, N, d], of all rows of the step; read from the pool, which has them.
             kv: [L, pages, S, 2, N, d], this device's pool; layer: i32, this layer's index in it.
-            kernels: has nothing for GQA, whose attention is the XLA definition.
+            prefixes, kernels: for MLA's kernels; GQA's attention is the XLA definition.
 
         Returns:
             [n, D], complete.
@@ -152,10 +169,9 @@ class GQAttention(nnx.Module):
 
         cos and sin are f32 [T, R / 2]. Differentiable; used for training and as a reference.
         """
-        positions = jnp.arange(x.shape[1])
-        q, entries = jax.vmap(
-            lambda row: self.project(row, cos, sin, positions, SingleDevice(), XLA)
-        )(x)
+        q, entries = jax.vmap(lambda row: self.queries_and_entries(row, cos, sin, SingleDevice()))(
+            x
+        )
         scores = jnp.einsum(
             "bqngk,btnk->bngqt", q, entries[:, :, 0], preferred_element_type=jnp.float32
         )

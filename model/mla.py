@@ -6,17 +6,21 @@ Decode rows use the absorbed form, prompt rows the naive form; both are equal in
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.batch import ForwardBatch, MicroBatch
+from model.batch import ForwardBatch, MicroBatch, Prefixes, Rows
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
-from model.ops.dense import matmul
+from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.kernels import XLA, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
+from model.ops.mla_attention.inputs import finish_inputs
+from model.quantization import saturating_cast
 from model.rope import apply_rope, query_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -55,16 +59,18 @@ class MLAttention(nnx.Module):
 
         positions i32 [T] count where queries are scaled by position.
         """
-        if self.config.q_lora_rank is None:
-            q = matmul(x, self.q_proj.get_value(), 1, kernels)
-        else:
-            latent = matmul(x, self.q_a.get_value(), 1, kernels)
-            latent = rms_norm(latent, self.q_a_norm[...], LATENT_NORM_EPS)
-            q = matmul(latent, self.q_b.get_value(), 1, kernels)
+        q = matmul(*self._query_product(x, kernels), 1, kernels)
         if self.config.query_scale_beta:
             q = q * query_scale(self.config, positions)[:, None, None].astype(q.dtype)
         nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return nope, apply_rope(rope, cos, sin, interleaved=self.config.rope_interleaved)
+
+    def _query_product(self, x: jax.Array, kernels: Kernels) -> tuple[jax.Array, Any]:
+        """Rows and the weight whose product are the queries [T, H, nope + R]."""
+        if self.config.q_lora_rank is None:
+            return x, self.q_proj.get_value()
+        latent = matmul(x, self.q_a.get_value(), 1, kernels)
+        return rms_norm(latent, self.q_a_norm[...], LATENT_NORM_EPS), self.q_b.get_value()
 
     def latents(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, kernels: Kernels = XLA
@@ -79,17 +85,47 @@ class MLAttention(nnx.Module):
     def project(
         self,
         x: jax.Array,
+        kv: jax.Array,
+        layer: jax.Array,
+        rows: Rows,
         cos: jax.Array,
         sin: jax.Array,
-        positions: jax.Array,
         comm: Comm,
         kernels: Kernels,
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        """Normalised rows [n, D] to their queries, as `attend` takes them, and entries [n, C + R].
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+        """Queries of normalised rows, and their entries, which are written into the pool.
 
-        positions i32 [n]; cos and sin are theirs.
+        Args:
+            x: [n, D]; rows, cos, sin: theirs.
+            kv: [L, N, S, C + R], this slice's pool; layer: i32, this layer's index in it.
+
+        Returns:
+            `queries`, the first ones perhaps wider than nope; the entries as cached [n, C + R], in
+            x's dtype; the updated pool.
         """
-        return self.queries(x, cos, sin, positions, kernels), self.latents(x, cos, sin, kernels)
+        c = self.config
+        if kernels.mla_inputs == "xla":
+            entries = saturating_cast(self.latents(x, cos, sin, kernels), kv.dtype)
+            kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
+            queries = self.queries(x, cos, sin, rows.positions, kernels)
+            return queries, entries.astype(x.dtype), kv
+        norm = self.kv_a_norm.get_value()
+        if not isinstance(norm, StackedWeight):
+            norm = StackedWeight(stack=norm[None], layer=jnp.int32(0))
+        q, q_rope, entries, kv = finish_inputs(
+            matmul_parts(*self._query_product(x, kernels), 1, kernels),
+            matmul_parts(x, self.kv_a.get_value(), 1, kernels),
+            *(norm.stack, norm.layer, cos, sin),
+            *(kv, layer, rows.pages, rows.offsets, x.dtype),
+            nope=c.qk_nope_head_dim,
+            interleaved=c.rope_interleaved,
+            eps=LATENT_NORM_EPS,
+            interpret=kernels.interpret,
+        )
+        if c.query_scale_beta:
+            factor = query_scale(c, rows.positions)[:, None, None].astype(q.dtype)
+            q, q_rope = q * factor, q_rope * factor
+        return (q, q_rope), entries, kv
 
     def attend(
         self,
@@ -98,6 +134,7 @@ class MLAttention(nnx.Module):
         kv: jax.Array,
         layer: jax.Array,
         batch: ForwardBatch,
+        prefixes: Prefixes,
         part: MicroBatch,
         comm: Comm,
         kernels: Kernels,
@@ -106,50 +143,46 @@ class MLAttention(nnx.Module):
 
         Args:
             queries: of the micro-batch's rows, from `project`.
-            entries: [T, C + R], of all rows of the step, as the pool has them already.
-            kv: [L, N, S, C + R], this slice's pool; layer: i32, this layer's index in it.
+            entries: [T, C + R], of all rows of the step, from `project`.
+            kv: [L, N, S, C + R], this slice's pool, which has them all; layer: i32.
 
         Returns:
             [n, D], complete.
         """
         q_nope, q_rope = queries
         scale, b = self.config.attention_scale, part.decode.stop - part.decode.start
-        parts = []
+        if prefills := len(q_nope) > b:
+            attended = extend_attention(
+                q_nope,
+                q_rope,
+                self.w_uk[...],
+                self.w_uv[...],
+                entries[batch.num_decode_rows :],
+                kv,
+                layer,
+                batch.chunk_tables,
+                batch.chunk_first_row,
+                batch.chunk_rows,
+                batch.chunk_start,
+                prefixes,
+                rows=part.prefill,
+                scale=scale,
+                kernels=kernels,
+            )  # [n, H, V]
         if b:
-            parts.append(
-                decode_heads(
-                    q_nope[:b],
-                    q_rope[:b],
-                    self.w_uk.get_value(),
-                    self.w_uv.get_value(),
-                    kv,
-                    layer,
-                    batch.decode_tables[part.decode],
-                    batch.decode_positions[part.decode] + 1,
-                    scale=scale,
-                    kernels=kernels,
-                )
+            decoded = decode_heads(
+                q_nope[:b],
+                q_rope[:b],
+                self.w_uk.get_value(),
+                self.w_uv.get_value(),
+                kv,
+                layer,
+                batch.decode_tables[part.decode],
+                batch.decode_positions[part.decode] + 1,
+                scale=scale,
+                kernels=kernels,
             )
-        if len(q_nope) > b:
-            parts.append(
-                extend_attention(
-                    q_nope[b:],
-                    q_rope[b:],
-                    self.w_uk[...],
-                    self.w_uv[...],
-                    entries[batch.num_decode_rows :].astype(q_nope.dtype),
-                    kv,
-                    layer,
-                    batch.chunk_tables,
-                    batch.chunk_first_row,
-                    batch.chunk_rows,
-                    batch.chunk_start,
-                    first_row=part.prefill.start,
-                    scale=scale,
-                    kernels=kernels,
-                )
-            )
-        attended = jnp.concatenate(parts)  # [n, H, V]
+            attended = attended.at[:b].set(decoded) if prefills else decoded
         return comm.sum_heads(matmul(attended, self.out.get_value(), 2, kernels))
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import MLP, ParamFactory
 from model.ops import routing
+from model.ops.dense import StackedWeight
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.kernels import XLA, Kernels
 
@@ -30,14 +31,18 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array, kernels: Kernels = XLA) -> tuple[jax.Array, jax.Array]:
         """[T, D] -> (expert ids i32 [T, K], weights f32 [T, K])."""
         c = self.config
-        logits = x.astype(jnp.float32) @ self.weight[...]
         bias = self.bias[...] if c.router_bias else None
         if kernels.routing == "xla":
-            return route(logits, bias, c)
-        if reason := routing.unsupported(c.num_experts, c.num_groups):
+            return route(x.astype(jnp.float32) @ self.weight[...], bias, c)
+        if reason := routing.unsupported(c.hidden_size, c.num_groups):
             raise ValueError(f"The routing kernel cannot route this model: {reason}.")
+        weight = self.weight.get_value()
+        if not isinstance(weight, StackedWeight):
+            weight = StackedWeight(stack=weight[None], layer=jnp.int32(0))
         return routing.route(
-            logits,
+            x,
+            weight.stack,
+            weight.layer,
             bias,
             k=c.num_experts_per_token,
             scoring=c.scoring,

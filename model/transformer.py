@@ -26,7 +26,7 @@ from model.mla import MLAttention
 from model.moe import Experts, MoE
 from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
-from model.quantization import BlockFP8, saturating_cast
+from model.quantization import BlockFP8
 from model.rope import rope_tables
 
 
@@ -246,18 +246,21 @@ def _run_segment(
         projected = []
         for x, part in zip(xs, parts, strict=True):
             normed = rms_norm(x, layer.attention_norm[...], eps)
-            of_rows = (a[part.rows] for a in (cos, sin, rows.positions))
-            projected.append(layer.attention.project(normed, *of_rows, comm, kernels))
+            of_rows = (rows.of(part), cos[part.rows], sin[part.rows])
+            *of_part, kv = layer.attention.project(
+                normed, kv, first_layer + index, *of_rows, comm, kernels
+            )
+            projected.append(of_part)
         # All micro-batches are written before any attends: rows read what other rows of the step
         # write (a chunk that is cut, a prefix that two prompts share), and were the pool read
         # between two writes, XLA would copy it.
-        entries = saturating_cast(jnp.concatenate([e for _, e in projected]), kv.dtype)
-        kv = kv.at[first_layer + index, rows.pages, rows.offsets].set(entries)
+        entries = jnp.concatenate([e for _, e in projected])
         attended = [
             x
             + _scaled(
                 layer.attention.attend(
-                    queries, entries, kv, first_layer + index, batch, part, comm, kernels
+                    *(queries, entries, kv, first_layer + index, batch, rows.prefixes, part),
+                    *(comm, kernels),
                 ),
                 scale,
             )

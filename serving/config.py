@@ -431,8 +431,8 @@ def _add_layout_flags(group: _Group) -> None:
         group,
         "--tbo-min-prefill-tokens",
         type=int,
-        help="two-batch overlap is for prefill programs of at least so many tokens a slice; default: "
-        "for none, since it lost wherever it was measured (docs/performance.md)",
+        help="two-batch overlap is for prefill programs of at least so many tokens a slice; "
+        "default: for none, since it lost wherever it was measured (docs/performance.md)",
     )
     _add(
         group,

@@ -25,6 +25,7 @@ TABLE_WIDTH = 56
 KERNELS = Kernels(
     decode_attention="pallas",
     extend_attention="pallas",
+    mla_inputs="pallas",
     grouped_mlp="pallas",
     dense="pallas",
     routing="pallas",

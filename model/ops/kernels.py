@@ -18,6 +18,7 @@ class Kernels:
 
     Attributes:
         decode_attention, extend_attention: of MLA; GQA has the XLA definition only.
+        mla_inputs: norm, rotation and cache write between MLA's projections and its attention.
         grouped_mlp: of the routed experts.
         routing: choosing and weighing experts.
         dense: products of a few rows with a layer of stacked weights.
@@ -28,6 +29,7 @@ class Kernels:
 
     decode_attention: Implementation = "xla"
     extend_attention: Implementation = "xla"
+    mla_inputs: Implementation = "xla"
     grouped_mlp: Implementation = "xla"
     routing: Implementation = "xla"
     dense: Implementation = "xla"

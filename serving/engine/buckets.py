@@ -1,7 +1,7 @@
 """Which sizes programs are compiled for, and which of them a step takes.
 
 Two families: *decode* programs (one row per running request) and *extend* programs (prompt tokens
-behind a full set of decode rows). All slices of a step run the same program, at the fullest
+behind decode rows, a few or a full set). All slices of a step run the same program, at the fullest
 slice's size. Deterministic inference has one size of each family, and no step mixes them.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from serving.config import ConfigError, ServerConfig
 from serving.scheduler.plan import StepPlan
 
-DEFAULT_DECODE = {"cpu": (1, 8, 32), "accelerator": (1, 8, 32, 64, 128, 256)}
+DEFAULT_DECODE = {"cpu": (1, 8, 32), "accelerator": (1, 8, 32, 64, 128, 256, 512)}
 DEFAULT_EXTEND = {"cpu": (64, 512), "accelerator": (128, 512, 2048, 8192)}
 DETERMINISTIC_DECODE = {"cpu": (32,), "accelerator": (256,)}
 DETERMINISTIC_EXTEND = {"cpu": (512,), "accelerator": (2048,)}
@@ -21,6 +21,9 @@ DETERMINISTIC_EXTEND = {"cpu": (512,), "accelerator": (2048,)}
 MAX_CHUNKS = 64
 CUT_STEP = 128
 """Large micro-batches are multiples of this many prefill rows: whole blocks of the kernels."""
+FEW_DECODE_ROWS = 32
+"""Up to so many decode rows, a step with prefill takes a program that has no more: a prompt that
+comes to an idle server does not pay for padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class Shape:
 
     def __str__(self) -> str:
         if self.prefill_rows:
-            return f"extend {self.prefill_rows}"
+            return f"extend {self.prefill_rows} beside {self.decode_rows}"
         return f"decode {self.decode_rows}"
 
 
@@ -82,9 +85,21 @@ class Buckets:
         """
         return min(MAX_CHUNKS, max(1, self.extend[-1] // 16))
 
+    @property
+    def beside_prefill(self) -> tuple[int, ...]:
+        """Decode rows that extend programs have room for, ascending; the last takes all."""
+        if not self.mixed:
+            return (0,)
+        few = [b for b in self.decode[:-1] if FEW_DECODE_ROWS // 2 <= b <= FEW_DECODE_ROWS]
+        return (*few[-1:], self.slots)
+
     def shapes(self) -> list[Shape]:
         """Every program's sizes, the largest extend program first."""
-        extend = [self._extend_shape(m) for m in reversed(self.extend)]
+        extend = [
+            self._extend_shape(m, b)
+            for m in reversed(self.extend)
+            for b in reversed(self.beside_prefill)
+        ]
         return extend + [self._decode_shape(b) for b in reversed(self.decode)]
 
     @property
@@ -96,8 +111,7 @@ class Buckets:
         cut = self.cut_decode_from is not None and rows >= self.cut_decode_from
         return Shape(decode_rows=rows, cut=rows // 2 if cut else 0)
 
-    def _extend_shape(self, prefill_rows: int) -> Shape:
-        decode_rows = self.slots if self.mixed else 0
+    def _extend_shape(self, prefill_rows: int, decode_rows: int) -> Shape:
         cut = 0
         if self.cut_extend_from is not None and prefill_rows >= self.cut_extend_from:
             cut = _cut(decode_rows, prefill_rows)
@@ -125,9 +139,10 @@ class Buckets:
         tokens = max(sum(len(c.tokens) for c in s.prefill) for s in plan.slices)
         chunks = max(len(s.prefill) for s in plan.slices)
         if rows <= self.slots and chunks <= self.prefill_chunks:
+            beside = next(b for b in self.beside_prefill if rows <= b)
             for m in self.extend:
                 if tokens <= m:
-                    return self._extend_shape(m)
+                    return self._extend_shape(m, beside)
         raise ValueError(
             f"{tokens} prompt tokens in {chunks} chunks beside {rows} decode rows exceed "
             f"{self.extend[-1]} in {self.prefill_chunks} beside {self.slots}"

@@ -56,12 +56,13 @@ def choose_kernels(
             "--enable-deterministic-inference excludes"
         )
     routing: Implementation = experts
-    if experts == "pallas" and (reason := route_unsupported(model.num_experts, model.num_groups)):
+    if experts == "pallas" and (reason := route_unsupported(model.hidden_size, model.num_groups)):
         routing = "xla"
         log.info("routing: xla, no kernel for it: %s", reason)
     kernels = Kernels(
         decode_attention=attention,
         extend_attention=extend,
+        mla_inputs=attention,
         grouped_mlp=experts,
         routing=routing,
         dense=attention,

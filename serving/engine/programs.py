@@ -56,6 +56,8 @@ OVERLAP_OPTIONS = {
 """For programs of two micro-batches on NVIDIA GPUs."""
 SCORE_ROWS = 128
 """Prompt positions that one launch of the scoring program scores."""
+DRAWN_AT_ONCE = 64
+"""Rows whose draws are worked out together: a draw needs a dozen arrays of the logits' size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,12 +314,33 @@ def _sample_full(
     """As `_sample_greedy`, with draws and the likeliest alternatives, i32 [1, R, 2 + 2n]; the
     state counts the tokens of rows that have one."""
     local = SamplingState(*(field[0] for field in state))
-    batch, slots = sampling_batch(numbers[0]), numbers[0, :, Column.STATE_SLOT]
-    tokens = sample(adjust(logits[0], batch, local.history(slots), masks[0]), batch)
-    packed = pack_tokens(tokens, logprobs_of(logits[0], tokens), *top_logprobs(logits[0]))
+    slots = numbers[0, :, Column.STATE_SLOT]
+
+    def draw(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        """Logits [r, V], numbers and masks of some rows: their tokens, alone and packed."""
+        logits, numbers, masks = rows
+        batch, history = sampling_batch(numbers), local.history(numbers[:, Column.STATE_SLOT])
+        tokens = sample(adjust(logits, batch, history, masks), batch)
+        return tokens, pack_tokens(tokens, logprobs_of(logits, tokens), *top_logprobs(logits))
+
+    tokens, packed = in_blocks(draw, (logits[0], numbers[0], masks[0]), DRAWN_AT_ONCE)
     last_tokens = last_tokens.at[0, numbers[0, :, Column.SLOT]].set(tokens)
     counts = count_tokens(local.counts, slots, tokens)
     return packed[None], last_tokens, state._replace(counts=counts[None])
+
+
+def in_blocks(fn: Callable[..., Any], rows: Any, size: int) -> Any:
+    """fn over arrays of rows [R, ...], `size` rows at a time, for a fn that keeps rows apart."""
+    total = len(jax.tree.leaves(rows)[0])
+    whole = total // size * size
+    if whole == 0 or total == size:
+        return fn(rows)
+    blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), rows)
+    done = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), jax.lax.map(fn, blocks))
+    if whole == total:
+        return done
+    rest = fn(jax.tree.map(lambda a: a[whole:], rows))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), done, rest)
 
 
 def _set_up(state: SamplingState, packed: jax.Array) -> SamplingState:

@@ -341,8 +341,9 @@ class ModelRunner:
             log.info("two-batch overlap in these programs: %s", ", ".join(cut))
         else:
             log.warning(
-                "two-batch overlap in no program: none is of the sizes that --tbo-min-prefill-tokens "
-                "and --tbo-min-decode-rows name (by default none is: it lost where it was measured)"
+                "two-batch overlap in no program: none is of the sizes that "
+                "--tbo-min-prefill-tokens and --tbo-min-decode-rows name (by default none is: it "
+                "lost where it was measured)"
             )
 
     def _log_fp8(self, source: WeightSource) -> None:

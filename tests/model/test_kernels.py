@@ -6,22 +6,33 @@ The twin's own definition is tested in test_ops.py. Memory that a kernel must no
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
+from model.layers import rms_norm
 from model.moe import route
 from model.ops import routing
 from model.ops.dense import StackedWeight, matmul
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
 from model.ops.kernels import XLA
-from model.ops.mla_attention import decode, decode_attention, decode_heads, extend_attention
+from model.ops.mla_attention import (
+    decode,
+    decode_attention,
+    decode_heads,
+    extend,
+    extend_attention,
+)
 from model.ops.mla_attention.heads import per_head
+from model.ops.mla_attention.inputs import finish_inputs
 from model.ops.routing import unsupported as routing_unsupported
+from model.rope import apply_rope
 from tests.fixtures import DATA
 from tests.harness import KERNELS
 
@@ -73,23 +84,20 @@ def test_decode_attention_equals_its_twin(rng, heads, page_size, kv_dtype, split
     assert (np.asarray(got[3]) == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("rows", "chunks"),  # chunks: (start, rows)
-    [
-        (32, [(0, 5), (7, 1), (120, 20)]),
-        (300, [(0, 150), (130, 140)]),
-        (256, [(0, 256)]),
-        (16, []),
-        (130, [(500, 129)]),
-        (200, [(0, 90), (0, 1), (0, 100)]),
-    ],
-)
-@pytest.mark.parametrize("heads", [3, 16])
-def test_extend_attention_equals_its_twin(rng, rows, chunks, heads):
+def extend_inputs(rng, rows, chunks, heads, shared=()):
+    """Arguments of `extend_attention` for chunks (start, rows), all but the keyword ones.
+
+    `shared`: chunks that have the prefix of the chunk before them.
+    """
     contexts = [start + n for start, n in chunks]
-    kv, tables = pool_and_tables(rng, contexts + [0] * (4 - len(chunks)), 16, 42)
-    first = np.full(4, rows, np.int32)
-    counts, starts = np.zeros(4, np.int32), np.zeros(4, np.int32)
+    kv, tables = pool_and_tables(rng, contexts + [0] * (5 - len(chunks)), 16, 42)
+    tables = np.array(tables)
+    for i in shared:
+        assert chunks[i][0] == chunks[i - 1][0]
+        assert chunks[i][0] % 16 == 0
+        tables[i, : chunks[i][0] // 16] = tables[i - 1, : chunks[i][0] // 16]
+    first = np.full(5, rows, np.int32)
+    counts, starts = np.zeros(5, np.int32), np.zeros(5, np.int32)
     latents = np.zeros((rows, LATENT + ROPE), np.float32)
     at = 0
     for i, (start, n) in enumerate(chunks):
@@ -100,28 +108,67 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, heads):
         at += n
     shapes = [(rows, heads, NOPE), (rows, heads, ROPE), (heads, NOPE, LATENT)]
     arrays = [rng.standard_normal(s) for s in (*shapes, (heads, LATENT, VALUE))]
-    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
+    arrays = [jnp.asarray(a, jnp.float32) for a in (*arrays, latents)]
+    numbers = [jnp.asarray(a) for a in (tables, first, counts, starts)]
+    prefixes = find_prefixes(numbers[2], numbers[3], numbers[0], 16)
+    return arrays, kv, numbers, prefixes
 
-    def run(kv, kernels, begin=0, end=rows):
-        q_nope, q_rope, *weights = arrays
-        return extend_attention(
-            *(q_nope[begin:end], q_rope[begin:end], *weights),
-            *(jnp.asarray(latents), kv, jnp.int32(1), tables),
-            *(jnp.asarray(a) for a in (first, counts, starts)),
-            first_row=begin,
-            scale=SCALE / 4,
-            kernels=kernels,
-        )
 
-    got, want = run(kv, KERNELS), run(no_nan(kv), XLA)
-    np.testing.assert_allclose(got, want, atol=1e-4)
-    assert (np.asarray(got[at:]) == 0).all()
-    # In two parts, cut where it comes: inside a chunk, between two, in the padding.
-    cut = 128 if rows > 128 else rows // 3
-    parts = [run(kv, KERNELS, end=cut), run(kv, KERNELS, begin=cut)]
-    np.testing.assert_allclose(np.concatenate(parts), got, atol=1e-5)
-    parts = [run(no_nan(kv), XLA, end=cut), run(no_nan(kv), XLA, begin=cut)]
-    np.testing.assert_allclose(np.concatenate(parts), want, atol=1e-5)
+def run_extend(arrays, kv, numbers, prefixes, kernels, rows=None):
+    """Queries are of all prefill rows, or with `rows` the last ones of those."""
+    return extend_attention(
+        *(*arrays, kv, jnp.int32(1), *numbers, prefixes),
+        rows=rows or slice(0, len(arrays[-1])),
+        scale=SCALE / 4,
+        kernels=kernels,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunks", "shared"),  # chunks: (start, rows)
+    [
+        (32, [(0, 5), (7, 1), (120, 20)], ()),
+        (300, [(0, 150), (130, 140)], ()),
+        (256, [(0, 256)], ()),
+        (16, [], ()),
+        (130, [(500, 129)], ()),
+        (200, [(0, 90), (0, 1), (0, 100)], ()),
+        (150, [(96, 30), (96, 40), (96, 1), (32, 9), (32, 50)], (1, 2, 4)),
+    ],
+)
+@pytest.mark.parametrize("heads", [3, 16])
+def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monkeypatch):
+    monkeypatch.setattr(extend, "MIN_PIECE", 64)  # prefixes take several pieces
+    monkeypatch.setattr(extend, "MAX_PIECE", 128)
+    arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, heads, shared)
+    before = 3  # rows that are not prefill rows
+    arrays[:2] = [jnp.pad(a, ((before, 0), (0, 0), (0, 0))) for a in arrays[:2]]
+    distinct = [start for i, (start, _) in enumerate(chunks) if i not in shared]
+    assert int(prefixes.ends[-1]) == sum(distinct)
+    got = run_extend(arrays, kv, numbers, prefixes, KERNELS)
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, XLA)
+    np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
+    assert (np.asarray(got[before + sum(n for _, n in chunks) :]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunks", "cut"),  # chunks: (start, rows)
+    [
+        (300, [(0, 150), (130, 140)], 128),  # inside a chunk
+        (300, [(30, 150), (130, 140)], 150),  # between two, no whole block
+        (300, [(7, 150), (130, 20)], 200),  # in the padding
+        (32, [(0, 5), (7, 1), (120, 20)], 10),
+        (16, [], 5),
+    ],
+)
+def test_extend_attention_in_two_parts_is_that_of_all_rows(rng, rows, chunks, cut):
+    arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, heads=3)
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, XLA)
+    for pool, kernels in ((kv, KERNELS), (no_nan(kv), XLA)):
+        for part, before in ((slice(0, cut), 3), (slice(cut, rows), 0), (slice(cut, rows), 2)):
+            queries = [jnp.pad(a[part], ((before, 0), (0, 0), (0, 0))) for a in arrays[:2]]
+            got = run_extend([*queries, *arrays[2:]], pool, numbers, prefixes, kernels, part)
+            np.testing.assert_allclose(got[before:], want[part], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -161,11 +208,12 @@ def test_a_token_is_computed_alike_beside_others(rng):
     np.testing.assert_array_equal(together[0], single[0])
 
 
-def test_pairs_are_sorted_stably_with_absent_ones_last(rng):
-    ids = rng.integers(-1, 5, 500).astype(np.int32)
-    order, counts = sort_pairs(jnp.asarray(ids), 5)
-    want = np.argsort(np.where(ids < 0, 5, ids), kind="stable")
-    np.testing.assert_array_equal(order, want)
+@pytest.mark.parametrize("pairs", [1, 128, 500])
+def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs):
+    ids = rng.integers(-1, 5, pairs).astype(np.int32)
+    order, counts = sort_pairs(jnp.asarray(ids), 5, interpret=True)
+    want = np.argsort(np.where(ids < 0, 5, ids), kind="stable")[: (ids >= 0).sum()]
+    np.testing.assert_array_equal(order[: len(want)], want)
     np.testing.assert_array_equal(counts, [*np.bincount(ids[ids >= 0], minlength=5), 0, 0, 0])
 
 
@@ -193,25 +241,67 @@ def test_products_of_every_head_equal_an_einsum(rng, parts):
     stack = jnp.asarray(rng.standard_normal((2, 3, 64, 48)), jnp.float32)
     lead = () if parts is None else (parts,)
     x = jnp.asarray(rng.standard_normal((*lead, 37, 3, 64)), jnp.float32)
-    weights, summed = None, x
+    sums, summed = None, x
     if parts is not None:
-        weights = jnp.asarray(rng.random((parts, 37, 3)), jnp.float32)
-        summed = (x * weights[..., None]).sum(axis=0)
-    got = per_head(x, stack, jnp.int32(1), weights, interpret=True)
+        sums = tuple(jnp.asarray(rng.random((parts, 37, 3)) * 9, jnp.float32) for _ in range(2))
+        decay = jnp.exp2(sums[0])
+        summed = (x * decay[..., None]).sum(axis=0) / (sums[1] * decay).sum(axis=0)[..., None]
+    got = per_head(x, stack, jnp.int32(1), sums, interpret=True)
     np.testing.assert_allclose(got, jnp.einsum("bhk,hkn->bhn", summed, stack[1]), atol=1e-4)
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(
-    "name", ["deepseek_v2_lite", "moonlight", "mixtral"]
-)  # softmax; sigmoid with bias; softmax, normalised
-def test_routing_equals_its_twin(rng, name):
+    ("parts", "heads", "kv_dtype"), [(1, 3, "float32"), (2, 20, "float32"), (3, 4, "float8_e4m3fn")]
+)
+def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype, interleaved):
+    t, page_size = 7, 4
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    q, entry = normal(parts, t, heads, NOPE + ROPE), normal(2, t, LATENT + ROPE)
+    norm, cos, sin = normal(3, LATENT), normal(t, ROPE // 2), normal(t, ROPE // 2)
+    kv = normal(LAYERS, 9, page_size, LATENT + ROPE).astype(kv_dtype)
+    pages = jnp.asarray(rng.permutation(9)[:t], jnp.int32)
+    offsets = jnp.asarray(rng.integers(0, page_size, t), jnp.int32)
+    places = (jnp.int32(1), pages, offsets)
+    got_q, got_rope, got_entries, got_kv = finish_inputs(
+        *(q, entry, norm, jnp.int32(2), cos, sin, kv, *places, jnp.float32),
+        nope=NOPE,
+        interleaved=interleaved,
+        eps=1e-6,
+        interpret=True,
+    )
+    rotate = functools.partial(apply_rope, cos=cos, sin=sin, interleaved=interleaved)
+    q, entry = q.sum(axis=0), entry.sum(axis=0)
+    latent = rms_norm(entry[:, :LATENT], norm[2], 1e-6)
+    entries = jnp.concatenate([latent, rotate(entry[:, LATENT:])], axis=-1).astype(kv_dtype)
+    np.testing.assert_allclose(got_q[..., :NOPE], q[..., :NOPE], atol=1e-6)
+    np.testing.assert_allclose(got_rope, rotate(q[..., NOPE:]), atol=1e-5)
+    close = {"rtol": 0.13 if kv_dtype == "float8_e4m3fn" else 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(got_entries, entries.astype(jnp.float32), **close)
+    want = kv.at[places].set(got_entries.astype(kv_dtype))
+    np.testing.assert_array_equal(*(a.astype(jnp.float32) for a in (got_kv, want)))
+
+
+@pytest.mark.parametrize("few", [0, 21])  # the kernel computes the logits, or XLA does
+@pytest.mark.parametrize(
+    "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2"]
+)  # softmax; sigmoid with bias; softmax, normalised; experts that are no power of two
+def test_routing_equals_its_twin(rng, name, few, monkeypatch):
+    monkeypatch.setattr(routing, "FEW_ROWS", few)
     config = ModelConfig.from_folder(DATA / name)
-    assert routing_unsupported(config.num_experts, config.num_groups) is None
-    logits = jnp.asarray(rng.standard_normal((21, config.num_experts)) * 2, jnp.float32)
-    bias = jnp.asarray(rng.uniform(-1.5, -0.5, config.num_experts), jnp.float32)
+    width, experts = 64, config.num_experts
+    assert routing_unsupported(width, config.num_groups) is None
+    x = jnp.asarray(rng.standard_normal((21, width)), jnp.float32)
+    stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 4, jnp.float32)
+    bias = jnp.asarray(rng.uniform(-1.5, -0.5, experts), jnp.float32)
     bias = bias if config.router_bias else None
     got = routing.route(
-        logits,
+        x,
+        stack,
+        jnp.int32(1),
         bias,
         k=config.num_experts_per_token,
         scoring=config.scoring,
@@ -219,9 +309,9 @@ def test_routing_equals_its_twin(rng, name):
         scale=config.routed_scaling,
         interpret=True,
     )
-    ids, weights = route(logits, bias, config)
+    ids, weights = route(jnp.dot(x, stack[1], precision="highest"), bias, config)
     np.testing.assert_array_equal(got[0], ids)
-    np.testing.assert_allclose(got[1], weights, rtol=1e-5)
+    np.testing.assert_allclose(got[1], weights, rtol=1e-4)
 
 
 def lowered_for_cuda(fn, *args):
@@ -256,12 +346,15 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     )
     assert "triton" in text
     text = lowered_for_cuda(
-        lambda *a: extend_attention(*a, scale=0.1, kernels=kernels),
+        lambda *a: extend_attention(
+            *a[:-3], Prefixes(*a[-3:]), rows=slice(0, 2048), scale=0.1, kernels=kernels
+        ),
         *(array(2048, 16, 128), array(2048, 16, 64), array(16, 128, 512), array(16, 512, 128)),
         *(array(2048, 576), pool, layer, array(64, 300, dtype=i32)),
-        *(array(64, dtype=i32) for _ in range(3)),
+        *(array(64, dtype=i32) for _ in range(6)),
     )
-    assert text.count("gpu.triton") == 3 or "triton" in text
+    assert "mla_causal" in text
+    assert "mla_prefix" in text
     stacks = array(27, 16, 128, 512), array(27, 16, 512, 128)
     text = lowered_for_cuda(
         lambda q, r, uk, uv, pool, layer, *a: decode_heads(
@@ -277,16 +370,31 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
         *(array(64, 300, dtype=i32), array(64, dtype=i32)),
     )
     assert text.count("per_head") >= 2
+
+    def inputs(*a):
+        return finish_inputs(*a, jnp.bfloat16, nope=128, interleaved=True, eps=1e-6)
+
+    for parts in (1, 4):
+        text = lowered_for_cuda(
+            inputs,
+            *(array(parts, 64, 16, 192), array(parts, 64, 576), array(26, 512), layer),
+            *(array(64, 32, dtype=jnp.float32), array(64, 32, dtype=jnp.float32)),
+            *(pool, layer, array(64, dtype=i32), array(64, dtype=i32)),
+        )
+        assert "mla_inputs" in text
     text = lowered_for_cuda(
         lambda x, w, i: matmul(x, StackedWeight(stack=w, layer=i), 1, kernels),
         *(array(64, 2048), array(26, 2048, 2, 2816), layer),
     )
     assert "triton" in text
-    text = lowered_for_cuda(
-        lambda x: routing.route(x, None, k=6, scoring="softmax", normalize=True, scale=1.0),
-        array(64, 64, dtype=jnp.float32),
-    )
-    assert "triton" in text
+    for tokens in (64, routing.FEW_ROWS + 1):
+        text = lowered_for_cuda(
+            lambda x, w, i: routing.route(
+                x, w, i, None, k=6, scoring="softmax", normalize=True, scale=1.0
+            ),
+            *(array(tokens, 2048), array(26, 2048, 64, dtype=jnp.float32), layer),
+        )
+        assert "triton" in text
     for tokens in (1, 64, 256, 4096):
         text = lowered_for_cuda(
             lambda *a: grouped_mlp(*a, kernels=kernels),

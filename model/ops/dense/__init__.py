@@ -6,6 +6,8 @@ first, which doubles that; the kernel reads the stack where it lies.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,13 @@ def matmul(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Arra
     Returns:
         [T, out...] in x's dtype.
     """
+    parts = matmul_parts(x, weight, num_in, kernels)
+    # Additions in a row fuse with what follows; a reduction is a kernel of its own.
+    return functools.reduce(operator.add, tuple(parts)).astype(x.dtype)
+
+
+def matmul_parts(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Array:
+    """`matmul` as parts [P, T, out...] whose sum it is: float32, or in x's dtype if P is 1."""
     if isinstance(weight, StackedWeight):
         stack = weight.stack
         shape = stack.shape[1:]
@@ -56,7 +65,7 @@ def matmul(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Arra
             and x.shape[0] <= MAX_ROWS
             and pallas.unsupported(shape, num_in) is None
         ):
-            return pallas.matmul(x, stack, weight.layer, num_in, interpret=kernels.interpret)
+            return pallas.matmul_parts(x, stack, weight.layer, num_in, interpret=kernels.interpret)
     w = weight[...]
     contracted = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
-    return jax.lax.dot_general(x, w, (contracted, ((), ())), preferred_element_type=x.dtype)
+    return jax.lax.dot_general(x, w, (contracted, ((), ())), preferred_element_type=x.dtype)[None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +54,10 @@ def _kernel(x_ref, w_ref, layer_ref, out_ref, *, rows: int, columns: int, depth:
     plgpu.store(out_ref.at[part, row, at], total.astype(out_ref.dtype), mask=live)
 
 
-def matmul(
+def matmul_parts(
     x: jax.Array, stack: jax.Array, layer: jax.Array, num_in: int, *, interpret: bool = False
 ) -> jax.Array:
-    """See `model.ops.dense.matmul`; stack is [L, in..., out...]."""
+    """See `model.ops.dense.matmul_parts`; stack is [L, in..., out...]."""
     t, out_shape = x.shape[0], stack.shape[1 + num_in :]
     k, n = math.prod(stack.shape[1 : 1 + num_in]), math.prod(out_shape)
     x, stack = x.reshape(t, k), stack.reshape(stack.shape[0], k, n)
@@ -87,9 +86,7 @@ def matmul(
         interpret=interpret,
         name="dense",
     )(*operands)
-    # Additions in a row fuse with what follows; a reduction is a kernel of its own.
-    out = functools.reduce(operator.add, (out[i] for i in range(parts)))
-    return out.astype(x.dtype).reshape(t, *out_shape)
+    return out.reshape(parts, t, *out_shape)
 
 
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:

@@ -23,6 +23,8 @@ from model.ops.kernels import largest_block
 
 MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
+SORTED_PAIRS = 128
+"""Pairs of a program that sorts."""
 
 
 class Tiles(NamedTuple):
@@ -158,26 +160,65 @@ def _down_kernel(
         plgpu.store(out_ref.at[places[:, None], at], total, mask=block.live[:, None])
 
 
-def sort_pairs(expert_ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
-    """The pairs in the order of their experts, absent ones last; and pairs per expert.
+def _sort_kernel(ids_ref, blocks_ref, order_ref, counts_ref, *, pairs: int):
+    """The places of a block of pairs: behind all of smaller experts, and of the blocks before."""
+    block, rows = pl.program_id(0), ids_ref.shape[0]
+    of_blocks = blocks_ref[...]  # [blocks, E]
+    numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
+    counts = jnp.sum(of_blocks, axis=0)
+    before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
+    first = jnp.cumsum(counts) - counts + before  # [E]
+    mine = ids_ref[...][:, None] == lax.broadcasted_iota(jnp.int32, (rows, counts.shape[0]), 1)
+    mine = mine.astype(jnp.int32)
+    inside = jnp.cumsum(mine, axis=0) - mine
+    places = jnp.sum(mine * (first[None] + inside), axis=1)
+    pair = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    live = jnp.sum(mine, axis=1) > 0
+    # No two lanes name one place, see `_down_kernel`.
+    plgpu.store(order_ref.at[jnp.where(live, places, pairs + pair)], pair, mask=live)
+    counts_ref[...] = counts
+
+
+def sort_pairs(
+    expert_ids: jax.Array, experts: int, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The pairs in the order of their experts, and pairs per expert.
 
     Args:
         expert_ids: i32 [pairs], -1 for absent.
 
     Returns:
-        i32 [pairs], a permutation, stable; i32 [E'], E' the power of two from `experts` on.
+        i32 [pairs], stable; absent pairs are nowhere, and what stands behind the others is
+        undefined; i32 [E'], E' the power of two from `experts` on.
     """
     pairs = expert_ids.shape[0]
-    bits = max(1, (pairs - 1).bit_length())
-    if (experts + 1) << bits >= 1 << 32:
-        raise ValueError(f"{pairs} pairs of {experts} experts do not fit one 32-bit sort key.")
-    expert = jnp.where(expert_ids < 0, experts, expert_ids).astype(jnp.uint32)
-    # One unsigned key that holds the index too: the fastest sort there is, and a stable one.
-    keys = lax.sort((expert << bits) | jnp.arange(pairs, dtype=jnp.uint32), is_stable=False)
-    order = (keys & jnp.uint32((1 << bits) - 1)).astype(jnp.int32)
     padded = 1 << (experts - 1).bit_length()
-    counts = jnp.sum(expert_ids[None] == jnp.arange(padded)[:, None], axis=1, dtype=jnp.int32)
-    return order, counts
+    rows = SORTED_PAIRS
+    ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
+    blocks = len(ids) // rows
+    of_blocks = jnp.sum(
+        ids.reshape(blocks, 1, rows) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
+    )
+    of_blocks = jnp.pad(of_blocks, ((0, (1 << (blocks - 1).bit_length()) - blocks), (0, 0)))
+    return pl.pallas_call(
+        functools.partial(_sort_kernel, pairs=pairs),
+        grid=(blocks,),
+        in_specs=[
+            pl.BlockSpec((rows,), lambda i: (i,)),
+            pl.BlockSpec(of_blocks.shape, lambda i: (0, 0)),
+        ],
+        out_specs=[
+            pl.BlockSpec((pairs,), lambda i: (0,)),
+            pl.BlockSpec((padded,), lambda i: (0,)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((pairs,), jnp.int32),
+            jax.ShapeDtypeStruct((padded,), jnp.int32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="sort_pairs",
+    )(ids, of_blocks)
 
 
 def grouped_mlp(
@@ -196,7 +237,7 @@ def grouped_mlp(
     pairs = t * k
     rows = block_rows(pairs, experts)
     blocks = -(-pairs // rows) + min(experts, pairs)
-    order, counts = sort_pairs(expert_ids.reshape(-1), experts)
+    order, counts = sort_pairs(expert_ids.reshape(-1), experts, interpret=interpret)
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
 
     def whole(array: jax.Array) -> pl.BlockSpec:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.batch import Prefixes
 from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
 from model.ops.mla_attention import decode, extend, heads, xla
@@ -68,7 +69,7 @@ def decode_heads(
     """Decode attention between the heads' own matrices: [B, H, nope] -> [B, H, V].
 
     Args:
-        q_nope: [B, H, nope]; q_rope: [B, H, R], rotated.
+        q_nope: [B, H, nope or more], the first nope numbers count; q_rope: [B, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], as arrays or what stands for them.
         kv, layer, tables, lengths, scale, kernels: see `decode_attention`.
     """
@@ -81,16 +82,16 @@ def decode_heads(
     ):
         product = functools.partial(heads.per_head, interpret=kernels.interpret)
         q_latent = product(q_nope, w_uk.stack, w_uk.layer)
-        out, weights = decode.decode_parts(
+        out, parts = decode.decode_parts(
             *(q_latent, q_rope, kv, layer, tables, lengths),
             scale=scale,
             interpret=kernels.interpret,
         )
-        if weights is not None and weights.shape[0] > heads.MAX_PARTS:
-            out = (out * weights[..., None]).sum(axis=0).astype(q_nope.dtype)
-            weights = None
-        return product(out, w_uv.stack, w_uv.layer, weights)
-    q_latent = jnp.einsum("bhn,hnc->bhc", q_nope, w_uk[...])
+        if parts is not None and len(out) > heads.MAX_PARTS:
+            out, parts = decode.merged(out, parts).astype(q_nope.dtype), None
+        return product(out, w_uv.stack, w_uv.layer, parts)
+    w_uk = w_uk[...]
+    q_latent = jnp.einsum("bhn,hnc->bhc", q_nope[..., : w_uk.shape[1]], w_uk)
     out = decode_attention(
         q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
     )
@@ -109,41 +110,41 @@ def extend_attention(
     chunk_first_row: jax.Array,
     chunk_rows: jax.Array,
     chunk_start: jax.Array,
+    prefixes: Prefixes,
     *,
-    first_row: int = 0,
+    rows: slice,
     scale: float,
     kernels: Kernels = XLA,
 ) -> jax.Array:
     """Prefill rows against their own sequences: the cached prefix and the chunk up to the row.
 
     Args:
-        q_nope: [m, H, nope]; q_rope: [m, H, R], rotated.
+        q_nope: [n, H, nope or more], the first nope numbers count; q_rope: [n, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
         latents: [M, C + R], the entries of all M prefill rows, which are in the pool too.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
-        first_row: which prefill row the first of the m queries is. Static.
+        prefixes: see `model.batch.find_prefixes`.
+        rows: which of the M prefill rows the last of the n queries are. Static.
         scale: softmax scale.
         kernels: which implementation.
 
     Returns:
-        [m, H, V]; 0 for padding rows.
+        [n, H, V]; 0 for padding rows, undefined for rows that are not prefill rows.
     """
-    chunks = (tables, chunk_first_row, chunk_rows, chunk_start)
+    chunks = (tables, chunk_first_row, chunk_rows)
     if kernels.extend_attention == "xla":
-        return xla.extend_attention(
-            *(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks), first_row=first_row, scale=scale
+        before = len(q_nope) - (rows.stop - rows.start)
+        q_nope, q_rope = q_nope[before:, :, : w_uk.shape[1]], q_rope[before:]
+        out = xla.extend_attention(
+            *(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, chunk_start),
+            first_row=rows.start,
+            scale=scale,
         )
+        return jnp.pad(out, ((before, 0), (0, 0), (0, 0)))
     return extend.extend_attention(
-        q_nope,
-        q_rope,
-        w_uk,
-        w_uv,
-        latents,
-        kv,
-        layer,
-        *chunks,
-        first_row=first_row,
+        *(q_nope, q_rope, w_uk, w_uv, latents, kv, layer, *chunks, prefixes),
+        rows=rows,
         scale=scale,
         interpret=kernels.interpret,
     )

@@ -8,6 +8,7 @@ and sums. A second, small step merges the parts.
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from model.ops.mla_attention.heads import part_weights
 from model.ops.mla_attention.pages import LOG2_E, MIN_BLOCK, Softmax, dot, read_tokens
 
 PROGRAMS = 132
@@ -63,7 +65,7 @@ def _kernel(
             kv_ref, table_ref, layer, tokens, live, latent=latent, dtype=q_latent.dtype
         )
         scores = dot(q_latent, c, transposed=True) + dot(q_rope, rope, transposed=True)
-        return Softmax(*so_far).add(scores * (scale * LOG2_E), live[None], c)
+        return Softmax(*so_far).add(scores, scale * LOG2_E, c, live[None])
 
     result = Softmax(*lax.fori_loop(first, last, body, Softmax.empty(heads, latent)))
     if splits == 1:
@@ -88,15 +90,21 @@ def decode_attention(
     splits: int | None = None,
 ) -> jax.Array:
     """See `model.ops.mla_attention.decode_attention`; `splits` parts of a context, for tests."""
-    out, weight = decode_parts(
+    out, parts = decode_parts(
         *(q_latent, q_rope, kv, layer, tables, lengths),
         scale=scale,
         interpret=interpret,
         splits=splits,
     )
-    if weight is None:
-        return out
-    return (out * weight[..., None]).sum(axis=0).astype(q_latent.dtype)
+    return out if parts is None else merged(out, parts).astype(q_latent.dtype)
+
+
+def merged(out: jax.Array, parts: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The result of `decode_parts` in one, f32 [B, H, C]."""
+    weights = part_weights(list(zip(*parts, strict=True)))
+    return functools.reduce(
+        operator.add, (part * w[..., None] for part, w in zip(out, weights, strict=True))
+    )
 
 
 def decode_parts(
@@ -110,12 +118,12 @@ def decode_parts(
     scale: float,
     interpret: bool = False,
     splits: int | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """The attention in parts of the context, yet to be added.
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """The attention in parts of the context, yet to be merged.
 
     Returns:
-        f32 [P, B, H, C] and the parts' weights f32 [P, B, H], which sum the parts to the result; or
-        the result itself and None, if the context is not cut.
+        f32 [P, B, H, C], not normalised, and the parts' maxima (base 2) and totals, f32 [P, B, H]
+        each; or the result itself and None, if the context is not cut.
     """
     b, given_heads, latent = q_latent.shape
     heads = MIN_BLOCK
@@ -166,6 +174,4 @@ def decode_parts(
     if splits == 1:
         return parts[0][:, :given_heads], None
     out, maximum, total = (part[:, :, :given_heads] for part in parts)
-    weight = jnp.exp2(maximum - maximum.max(axis=0))
-    total = (weight * total).sum(axis=0)
-    return out, weight / jnp.where(total > 0, total, 1.0)
+    return out, (maximum, total)

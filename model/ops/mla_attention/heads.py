@@ -7,6 +7,8 @@ decode attention cuts a context.
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +24,23 @@ MAX_PARTS = 4
 
 
 def _kernel(x_ref, w_ref, layer_ref, *refs, rows: int, columns: int, depth: int):
-    """A block of rows and columns of one head. `refs`: the parts' weights, if any; the output."""
+    """A block of rows and columns of one head.
+
+    `refs`: the maxima and totals of the parts, if there are parts; the output.
+    """
     out_ref = refs[-1]
     layer, head, first = layer_ref[0], pl.program_id(1), pl.program_id(0) * columns
     row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
     live = row < out_ref.shape[0]
-    one_row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    parts = range(x_ref.shape[0]) if len(refs) > 1 else ()
+    weights = part_weights(
+        [
+            tuple(
+                plgpu.load(ref.at[jnp.int32(p), row, head], mask=live, other=0) for ref in refs[:-1]
+            )
+            for p in parts
+        ]
+    )
 
     def body(i, total):
         at = i * depth + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
@@ -35,45 +48,52 @@ def _kernel(x_ref, w_ref, layer_ref, *refs, rows: int, columns: int, depth: int)
             x = plgpu.load(x_ref.at[row, head, at], mask=live, other=0)
         else:
             x = jnp.zeros((rows, depth), jnp.float32)
-            for p in range(x_ref.shape[0]):
-                part = jnp.int32(p)
-                weight = plgpu.load(
-                    refs[0].at[part, one_row, head], mask=one_row < out_ref.shape[0], other=0
-                )
-                x += plgpu.load(x_ref.at[part, row, head, at], mask=live, other=0) * weight[:, None]
+            for p in parts:
+                part = plgpu.load(x_ref.at[jnp.int32(p), row, head, at], mask=live, other=0)
+                x += part * weights[p]
         w = w_ref[layer, head, pl.ds(i * depth, depth), pl.ds(first, columns)]
         return total + jnp.dot(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
     zero = jnp.zeros((rows, columns), jnp.float32)
-    total = lax.fori_loop(0, x_ref.shape[-1] // depth, body, zero)
+    total = lax.fori_loop(0, w_ref.shape[2] // depth, body, zero)
     at = first + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
     plgpu.store(out_ref.at[row, head, at], total.astype(out_ref.dtype), mask=live)
+
+
+def part_weights(parts: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+    """What the parts of a softmax count, from each part's maximum (base 2) and total."""
+    if not parts:
+        return []
+    maximum = functools.reduce(jnp.maximum, (maximum for maximum, _ in parts))
+    decays = [jnp.exp2(part - maximum) for part, _ in parts]
+    total = functools.reduce(operator.add, (d * t for d, (_, t) in zip(decays, parts, strict=True)))
+    total = jnp.where(total > 0, total, 1.0)
+    return [decay / total for decay in decays]
 
 
 def per_head(
     x: jax.Array,
     stack: jax.Array,
     layer: jax.Array,
-    part_weights: jax.Array | None = None,
+    parts: tuple[jax.Array, jax.Array] | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """x [B, H, K] times stack[layer] of [L, H, K, N]: [B, H, N] in the stack's dtype.
+    """x [B, H, K or more] times stack[layer] of [L, H, K, N]: [B, H, N] in the stack's dtype.
 
-    With `part_weights`, f32 [P, B, H], x is f32 [P, B, H, K] and the product is that of the parts'
-    weighted sum.
+    Only the first K numbers of x count. With `parts`, the maxima and totals f32 [P, B, H] of the
+    parts of a softmax, x is f32 [P, B, H, K] and the product is that of the merged parts.
     """
-    b, heads, k = x.shape[-3:]
-    n = stack.shape[-1]
+    b, heads = x.shape[-3:-1]
+    k, n = stack.shape[-2:]
     rows = MIN_BLOCK
     while rows < min(b, 64):
         rows *= 2
-    if part_weights is not None:  # all parts of a block are summed in registers
+    if parts is not None:  # all parts of a block are summed in registers
         rows = min(rows, 32)
     columns, depth = largest_block(n, 64), largest_block(k, 64)
     operands = [x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32)]
-    if part_weights is not None:
-        operands.append(part_weights)
+    operands += parts or ()
 
     def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))

@@ -44,26 +44,26 @@ class Softmax(NamedTuple):
             jnp.zeros((rows,), jnp.float32),
         )
 
-    def add(self, scores: jax.Array, seen: jax.Array, values: jax.Array) -> Softmax:
-        """Merge scores f32 [rows, block] where `seen`, and values [block, V].
+    def add(
+        self,
+        scores: jax.Array,
+        factor: float,
+        values: jax.Array,
+        seen: jax.Array | None = None,
+    ) -> Softmax:
+        """Merge scores f32 [rows, block] times `factor` (above 0) and values [block, V].
 
-        A row that sees nothing of the block keeps its numbers bit by bit.
+        All scores are seen, or those where `seen`. A row that has seen some and sees nothing of
+        the block keeps its numbers bit by bit.
         """
-        scores = jnp.where(seen, scores, MASKED)
-        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=1))
+        if seen is not None:
+            scores = jnp.where(seen, scores, MASKED)
+        # The maximum before the factor: product and difference below are then one operation.
+        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=1) * factor)
         decay = jnp.exp2(self.maximum - maximum)
-        p = jnp.where(seen, jnp.exp2(scores - maximum[:, None]), 0.0)
-        return Softmax(
-            self.out * decay[:, None] + dot(p.astype(values.dtype), values),
-            maximum,
-            self.total * decay + jnp.sum(p, axis=1),
-        )
-
-    def add_all(self, scores: jax.Array, values: jax.Array) -> Softmax:
-        """Merge scores f32 [rows, block], all of them seen, and values [block, V]."""
-        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=1))
-        decay = jnp.exp2(self.maximum - maximum)
-        p = jnp.exp2(scores - maximum[:, None])
+        p = jnp.exp2(scores * factor - maximum[:, None])
+        if seen is not None:
+            p = jnp.where(seen, p, 0.0)
         return Softmax(
             self.out * decay[:, None] + dot(p.astype(values.dtype), values),
             maximum,
@@ -73,6 +73,11 @@ class Softmax(NamedTuple):
     def normalised(self) -> jax.Array:
         """[rows, V]; 0 where nothing was seen."""
         return self.out / jnp.where(self.total > 0, self.total, 1.0)[:, None]
+
+    def log_sum(self) -> jax.Array:
+        """Log-sum-exps [rows] in base 2; MASKED where nothing was seen."""
+        seen = self.total > 0
+        return jnp.where(seen, self.maximum + jnp.log2(jnp.where(seen, self.total, 1.0)), MASKED)
 
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
@@ -90,15 +95,14 @@ def read_tokens(
     *,
     latent: int,
     dtype: jax.typing.DTypeLike,
-    row: tuple[jax.Array, ...] = (),
 ):
     """Latents [block, C] and rope keys [block, R] of a sequence's tokens i32 [block].
 
-    Tokens that are not live read as zeros, whatever their pages hold. `table_ref[row]` is the
+    Tokens that are not live read as zeros, whatever their pages hold. `table_ref` is the
     sequence's page table, i32 [P].
     """
     page_size, rope = kv_ref.shape[2], kv_ref.shape[3] - latent
-    pages = plgpu.load(table_ref.at[(*row, tokens // page_size)], mask=live, other=0)
+    pages = plgpu.load(table_ref.at[tokens // page_size], mask=live, other=0)
     at = tokens % page_size
     parts = []
     for first, size in ((0, latent), (latent, rope)):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from serving.config import ConfigError, ServerConfig
 from serving.engine.buckets import Shape, make_buckets
+from serving.engine.programs import in_blocks
 from serving.request import SamplingParams
 from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan, StepPlan
 
@@ -54,6 +57,17 @@ def test_a_step_runs_at_the_fullest_slices_size():
     assert b.shape_for(plan((2, [60, 5]), (0, [10]))).prefill_rows == 256
     # Extend programs have room for every running request.
     assert b.shape_for(plan((0, []), (0, [10]))).decode_rows == 16
+
+
+def test_few_decode_rows_beside_prefill_do_not_pay_for_a_full_set():
+    b = buckets(decode_buckets=(1, 8, 32, 64), extend_buckets=(64, 256))
+    assert b.beside_prefill == (32, 64)
+    for rows, beside in ((0, 32), (32, 32), (33, 64)):
+        shape = b.shape_for(plan((rows, [10]), (0, [])))
+        assert (shape.decode_rows, shape.prefill_rows) == (beside, 64)
+        assert shape in b.shapes()
+    assert b.shapes()[0] == Shape(decode_rows=64, prefill_rows=256, chunks=b.prefill_chunks)
+    assert len({str(shape) for shape in b.shapes()}) == len(b.shapes())
 
 
 def test_extend_programs_take_equally_many_chunks():
@@ -109,3 +123,18 @@ def test_limits_for_all_slices_are_shared_out():
 def test_short_contexts_need_no_large_extend_programs():
     assert buckets(max_context=64).extend == (64,)
     assert buckets(max_context=128).extend == (64, 512)
+
+
+@pytest.mark.parametrize("total", [1, 4, 5, 8, 11])
+def test_rows_in_blocks_equal_rows_at_once(total):
+    rows = {"a": jnp.arange(total * 3.0).reshape(total, 3), "b": jnp.arange(total)}
+    sizes = []
+
+    def fn(part):
+        sizes.append(len(part["b"]))
+        return part["a"].sum(axis=1) + part["b"], part["b"] * 2
+
+    got, want = in_blocks(fn, rows, 4), fn(rows)
+    assert max(sizes[:-1]) <= max(4, total % 4)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -70,7 +70,7 @@ def test_an_engine_tells_the_exchange_of_each_program():
     engine = fixture_engine(
         "deepseek_v2_lite", tp=8, dp=8, ep=8, exchange="auto", moe_dispatch_dtype="fp8_e4m3"
     )
-    assert set(engine.runner.exchanges) == {"decode 4", "extend 64"}
+    assert set(engine.runner.exchanges) == {"decode 4", "extend 64 beside 4"}
     assert set(engine.runner.exchanges.values()) <= {"none", "all_to_all"}
     prompts = [[5 + i, 9, 11] for i in range(9)]
     tokens = finish(engine, [request(str(i), p, 4) for i, p in enumerate(prompts)])

@@ -102,16 +102,21 @@ def test_which_programs_are_cut():
     assert cuts() == {}
     assert cuts(**overlap) == {}  # small programs gain nothing
     assert cuts(**overlap, tbo_min_prefill_tokens=512) == {
-        "extend 512": 32 + 256,  # whole blocks of 128 prefill rows
-        "extend 2048": 32 + 1024,
+        "extend 512 beside 32": 32 + 256,  # whole blocks of 128 prefill rows
+        "extend 2048 beside 32": 32 + 1024,
     }
     assert cuts(**overlap, tbo_min_prefill_tokens=1, tbo_min_decode_rows=8) == {
-        "extend 64": 48,
-        "extend 512": 32 + 256,
-        "extend 2048": 32 + 1024,
+        "extend 64 beside 32": 48,
+        "extend 512 beside 32": 32 + 256,
+        "extend 2048 beside 32": 32 + 1024,
         "decode 8": 4,
         "decode 32": 16,
     }  # 16 prefill rows are fewer than the decode rows beside them
+    flags = {"decode_buckets": (16, 64), "extend_buckets": (512,)}
+    assert cuts(**overlap, tbo_min_prefill_tokens=1) == {
+        "extend 512 beside 64": 64 + 256,
+        "extend 512 beside 16": 16 + 256,
+    }
 
 
 # ---- what is refused -------------------------------------------------------------------------
