@@ -103,9 +103,14 @@ class MLAttention(nnx.Module):
         norm = self.kv_a_norm.get_value()
         if not isinstance(norm, StackedWeight):
             norm = StackedWeight(stack=norm[None], layer=jnp.int32(0))
+        rows_of_q, weight = self._query_product(x, kernels)
+        if rows_of_q is x:  # both products in one kernel
+            q, entry = matmul_parts(x, (weight, self.kv_a.get_value()), 1, kernels)
+        else:
+            (q,) = matmul_parts(rows_of_q, (weight,), 1, kernels)
+            (entry,) = matmul_parts(x, (self.kv_a.get_value(),), 1, kernels)
         q, q_rope, entries, kv = finish_inputs(
-            matmul_parts(*self._query_product(x, kernels), 1, kernels),
-            matmul_parts(x, self.kv_a.get_value(), 1, kernels),
+            *(q, entry),
             *(norm.stack, norm.layer, cos, sin),
             *(kv, layer, rows.pages, rows.offsets, x.dtype),
             nope=c.qk_nope_head_dim,

@@ -1,4 +1,4 @@
-"""Scoring, choosing and weighing experts in one Pallas (Triton) kernel.
+"""Scoring, choosing and weighing experts in one Pallas (Triton) kernel, two for few rows.
 
 The definition is `model.moe.route` on logits of float32; the kernel does its case without groups of
 experts.
@@ -7,7 +7,7 @@ experts.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from model.ops.kernels import largest_block
 MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
 DEPTH = 64
+PARTS = 16
+FEW_ROWS = 1024
+"""Up to so many, one program would spend most of its time waiting for its share of the weights."""
 
 
 def unsupported(width: int, groups: int) -> str | None:
@@ -43,36 +46,62 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return total
 
 
-def _kernel(
-    x_ref,
-    w_ref,
-    layer_ref,
-    bias_ref,
-    ids_ref,
-    weights_ref,
-    *,
+def _product(x_ref, w_ref, layer, row, first, size: int, depth: int, columns: int) -> jax.Array:
+    """Scores before anything else, f32 [rows, columns], over `size` numbers of x from `first` on.
+
+    There may be fewer numbers, in whole blocks.
+    """
+    live, experts = row < x_ref.shape[0], w_ref.shape[2]
+    expert = lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+
+    def body(i, logits):
+        start = first + i * depth
+        across = start + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
+        down = start + lax.broadcasted_iota(jnp.int32, (depth, 1), 0)
+        x = plgpu.load(x_ref.at[row[:, None], across], mask=live[:, None], other=0)
+        w = plgpu.load(w_ref.at[layer, down, expert], mask=expert < experts, other=0)
+        return logits + _dot(x, w)
+
+    blocks = jnp.minimum(size, x_ref.shape[1] - first) // depth
+    return lax.fori_loop(0, blocks, body, jnp.zeros((row.shape[0], columns), jnp.float32))
+
+
+def _part_kernel(x_ref, w_ref, layer_ref, out_ref, *, rows: int, depth: int, share: int):
+    """Scores of a block of rows over one part of x, f32 [P, T, columns]."""
+    part, columns = pl.program_id(1), out_ref.shape[2]
+    row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    logits = _product(x_ref, w_ref, layer_ref[0], row, part * share, share, depth, columns)
+    at = lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    plgpu.store(out_ref.at[part, row[:, None], at], logits, mask=(row < x_ref.shape[0])[:, None])
+
+
+def _route_kernel(
+    *refs: Any,
     rows: int,
     depth: int,
     columns: int,
+    experts: int,
     k: int,
     scoring: str,
     normalize: bool,
     scale: float,
 ):
-    """Rows of x [T, D] to ids and weights [T, k], the largest choice first."""
-    layer, (width, experts) = layer_ref[0], w_ref.shape[1:]
+    """Rows to ids and weights [T, k], the largest choice first.
+
+    `refs`: x, weights and layer, or the parts of the scores, f32 [P, T, columns]; the bias; the ids
+    and weights.
+    """
+    *source, bias_ref, ids_ref, weights_ref = refs
     row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    live, numbers = row < x_ref.shape[0], lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
+    live, numbers = row < ids_ref.shape[0], lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
     expert = lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-
-    def body(i, logits):
-        across = i * depth + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
-        down = i * depth + lax.broadcasted_iota(jnp.int32, (depth, 1), 0)
-        x = plgpu.load(x_ref.at[row[:, None], across], mask=live[:, None], other=0)
-        w = plgpu.load(w_ref.at[layer, down, expert], mask=expert < experts, other=0)
-        return logits + _dot(x, w)
-
-    logits = lax.fori_loop(0, width // depth, body, jnp.zeros((rows, columns), jnp.float32))
+    if len(source) == 1:
+        part = lax.broadcasted_iota(jnp.int32, (source[0].shape[0], 1, 1), 0)
+        at = part, row[None, :, None], expert[None]
+        logits = jnp.sum(plgpu.load(source[0].at[at], mask=live[None, :, None], other=0), axis=0)
+    else:
+        x_ref, w_ref, layer_ref = source
+        logits = _product(x_ref, w_ref, layer_ref[0], row, 0, x_ref.shape[1], depth, columns)
     if scoring == "softmax":
         logits = jnp.where(numbers < experts, logits, -jnp.inf)
         scores = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
@@ -117,32 +146,43 @@ def route(
     (t, width), experts = x.shape, stack.shape[-1]
     if bias is None:
         bias = jnp.zeros(experts, jnp.float32)
-    rows = MIN_BLOCK if t <= 1024 else 64
     columns = max(MIN_BLOCK, 1 << (experts - 1).bit_length())
-    operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32), bias)
+    depth = largest_block(width, DEPTH)
+    source = [x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32)]
 
     def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
-    return pl.pallas_call(
-        functools.partial(
-            _kernel,
-            rows=rows,
-            depth=largest_block(width, DEPTH),
-            columns=columns,
-            k=k,
-            scoring=scoring,
-            normalize=normalize,
-            scale=scale,
-        ),
-        grid=(-(-t // rows),),
-        in_specs=[whole(a.shape) for a in operands],
-        out_specs=[whole((t, k))] * 2,
-        out_shape=[
-            jax.ShapeDtypeStruct((t, k), jnp.int32),
-            jax.ShapeDtypeStruct((t, k), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="route",
-    )(*operands)
+    def call(kernel, grid, operands, shapes, warps: int, name: str):
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            in_specs=[whole(a.shape) for a in operands],
+            out_specs=[whole(a.shape) for a in shapes],
+            out_shape=shapes,
+            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
+            interpret=interpret,
+            name=name,
+        )(*operands)
+
+    rows, warps = 64, 4
+    if t <= FEW_ROWS:  # x is cut over programs, and one program after it chooses for one row
+        share = -(-width // depth // PARTS) * depth
+        kernel = functools.partial(_part_kernel, rows=MIN_BLOCK, depth=depth, share=share)
+        shape = jax.ShapeDtypeStruct((PARTS, t, columns), jnp.float32)
+        grid = (-(-t // MIN_BLOCK), PARTS)
+        source = call(kernel, grid, source, [shape], 4, "route_scores")
+        rows, warps = 1, max(1, columns // 128)
+    kernel = functools.partial(
+        _route_kernel,
+        rows=rows,
+        depth=depth,
+        columns=columns,
+        experts=experts,
+        k=k,
+        scoring=scoring,
+        normalize=normalize,
+        scale=scale,
+    )
+    shapes = [jax.ShapeDtypeStruct((t, k), dtype) for dtype in (jnp.int32, jnp.float32)]
+    return tuple(call(kernel, (-(-t // rows),), (*source, bias), shapes, warps, "route"))

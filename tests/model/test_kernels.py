@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.layers import rms_norm
 from model.moe import route
 from model.ops import routing
-from model.ops.dense import StackedWeight, matmul
+from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
 from model.ops.kernels import XLA
@@ -184,7 +184,7 @@ def test_a_token_is_computed_alike_beside_others(rng):
     np.testing.assert_array_equal(together[0], single[0])
 
 
-@pytest.mark.parametrize("pairs", [1, 128, 500])
+@pytest.mark.parametrize("pairs", [1, 128, 500, 5000])
 def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs):
     ids = rng.integers(-1, 5, pairs).astype(np.int32)
     order, counts = sort_pairs(jnp.asarray(ids), 5, interpret=True)
@@ -210,6 +210,16 @@ def test_products_with_a_stack_equal_those_with_its_layer(rng, rows, inside, out
     got = matmul(x, weight, len(inside), KERNELS)
     assert got.shape == (rows, *outside)
     np.testing.assert_allclose(got, matmul(x, stack[2], len(inside), XLA), atol=1e-4)
+
+
+def test_products_with_two_weights_in_one_kernel_equal_each(rng):
+    x = jnp.asarray(rng.standard_normal((5, 128)), jnp.float32)
+    stacks = [jnp.asarray(rng.standard_normal((3, 128, *s)), jnp.float32) for s in ((2, 48), (80,))]
+    weights = [StackedWeight(stack=stack, layer=jnp.int32(2)) for stack in stacks]
+    got = matmul_parts(x, weights, 1, KERNELS)
+    for parts, weight, stack in zip(got, weights, stacks, strict=True):
+        np.testing.assert_allclose(parts.sum(axis=0), matmul(x, stack[2], 1, XLA), atol=1e-4)
+        np.testing.assert_allclose(parts.sum(axis=0), matmul(x, weight, 1, KERNELS), atol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [None, 3])
@@ -264,12 +274,14 @@ def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype,
 @pytest.mark.parametrize(
     "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2"]
 )  # softmax; sigmoid with bias; softmax, normalised; experts that are no power of two
-def test_routing_equals_its_twin(rng, name):
+@pytest.mark.parametrize("few_rows", [0, 1024])
+def test_routing_equals_its_twin(rng, name, few_rows, monkeypatch):
+    monkeypatch.setattr(routing, "FEW_ROWS", few_rows)
     config = ModelConfig.from_folder(DATA / name)
-    width, experts = 64, config.num_experts
+    width, experts = 7 * 64, config.num_experts
     assert routing_unsupported(width, config.num_groups) is None
     x = jnp.asarray(rng.standard_normal((21, width)), jnp.float32)
-    stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 4, jnp.float32)
+    stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 12, jnp.float32)
     bias = jnp.asarray(rng.uniform(-1.5, -0.5, experts), jnp.float32)
     bias = bias if config.router_bias else None
     got = routing.route(
@@ -360,12 +372,20 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     )
     assert "triton" in text
     text = lowered_for_cuda(
-        lambda x, w, i: routing.route(
-            x, w, i, None, k=6, scoring="softmax", normalize=True, scale=1.0
+        lambda x, q, kv, i: matmul_parts(
+            x, [StackedWeight(stack=w, layer=i) for w in (q, kv)], 1, kernels
         ),
-        *(array(64, 2048), array(26, 2048, 64, dtype=jnp.float32), layer),
+        *(array(64, 2048), array(26, 2048, 16, 192), array(26, 2048, 576), layer),
     )
     assert "triton" in text
+    for tokens in (64, 4096):
+        text = lowered_for_cuda(
+            lambda x, w, i: routing.route(
+                x, w, i, None, k=6, scoring="softmax", normalize=True, scale=1.0
+            ),
+            *(array(tokens, 2048), array(26, 2048, 64, dtype=jnp.float32), layer),
+        )
+        assert ("route_scores" in text) == (tokens == 64)
     for tokens in (1, 64, 256, 4096):
         text = lowered_for_cuda(
             lambda *a: grouped_mlp(*a, kernels=kernels),
