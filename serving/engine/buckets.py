@@ -18,6 +18,8 @@ DEFAULT_EXTEND = {"cpu": (64, 512), "accelerator": (128, 512, 2048, 8192)}
 DETERMINISTIC_DECODE = {"cpu": (32,), "accelerator": (256,)}
 DETERMINISTIC_EXTEND = {"cpu": (512,), "accelerator": (2048,)}
 """Every prefill step costs the one size there is: smaller than the largest of the others."""
+FRESH_ROWS = 2048
+"""Extend programs from that size on are worth a version of their own without cached prefixes."""
 MAX_CHUNKS = 64
 FEW_DECODE_ROWS = 32
 """Up to so many decode rows, a step with prefill takes a program that has no more: a prompt that
@@ -30,11 +32,13 @@ class Shape:
 
     Attributes:
         decode_rows: B; prefill_rows: M, 0 in a decode program; chunks: C, most prompt chunks.
+        prefixes: whether chunks may begin behind cached tokens.
     """
 
     decode_rows: int
     prefill_rows: int = 0
     chunks: int = 0
+    prefixes: bool = True
 
     @property
     def sampled_rows(self) -> int:
@@ -42,7 +46,8 @@ class Shape:
 
     def __str__(self) -> str:
         if self.prefill_rows:
-            return f"extend {self.prefill_rows} beside {self.decode_rows}"
+            fresh = "" if self.prefixes else ", nothing cached"
+            return f"extend {self.prefill_rows} beside {self.decode_rows}{fresh}"
         return f"decode {self.decode_rows}"
 
 
@@ -53,11 +58,14 @@ class Buckets:
     Attributes:
         mixed: whether extend programs have decode rows too. Else a plan holds either decode rows
             or chunks.
+        fresh: whether large extend programs come in two versions, one for steps in which no chunk
+            begins behind cached tokens.
     """
 
     decode: tuple[int, ...]
     extend: tuple[int, ...]
     mixed: bool = True
+    fresh: bool = False
 
     @property
     def slots(self) -> int:
@@ -88,9 +96,10 @@ class Buckets:
     def shapes(self) -> list[Shape]:
         """Every program's sizes, the largest extend program first."""
         extend = [
-            self._extend_shape(m, b)
+            self._extend_shape(m, b, prefixes)
             for m in reversed(self.extend)
             for b in reversed(self.beside_prefill)
+            for prefixes in ((True, False) if self._has_fresh(m) else (True,))
         ]
         return extend + [Shape(decode_rows=b) for b in reversed(self.decode)]
 
@@ -99,8 +108,16 @@ class Buckets:
         """The sizes of sampling programs, the largest first."""
         return sorted({shape.sampled_rows for shape in self.shapes()}, reverse=True)
 
-    def _extend_shape(self, prefill_rows: int, decode_rows: int) -> Shape:
-        return Shape(decode_rows=decode_rows, prefill_rows=prefill_rows, chunks=self.prefill_chunks)
+    def _has_fresh(self, prefill_rows: int) -> bool:
+        return self.fresh and prefill_rows >= FRESH_ROWS
+
+    def _extend_shape(self, prefill_rows: int, decode_rows: int, prefixes: bool) -> Shape:
+        return Shape(
+            decode_rows=decode_rows,
+            prefill_rows=prefill_rows,
+            chunks=self.prefill_chunks,
+            prefixes=prefixes or not self._has_fresh(prefill_rows),
+        )
 
     def shape_for(self, plan: StepPlan) -> Shape:
         """The smallest program that holds every slice of the plan.
@@ -120,9 +137,10 @@ class Buckets:
         chunks = max(len(s.prefill) for s in plan.slices)
         if rows <= self.slots and chunks <= self.prefill_chunks:
             beside = next(b for b in self.beside_prefill if rows <= b)
+            prefixes = any(c.start for s in plan.slices for c in s.prefill)
             for m in self.extend:
                 if tokens <= m:
-                    return self._extend_shape(m, beside)
+                    return self._extend_shape(m, beside, prefixes)
         raise ValueError(
             f"{tokens} prompt tokens in {chunks} chunks beside {rows} decode rows exceed "
             f"{self.extend[-1]} in {self.prefill_chunks} beside {self.slots}"
@@ -130,9 +148,9 @@ class Buckets:
 
 
 def make_buckets(
-    config: ServerConfig, *, platform: str, num_slices: int, max_context: int
+    config: ServerConfig, *, platform: str, num_slices: int, max_context: int, fresh: bool = False
 ) -> Buckets:
-    """Buckets from the flags, else defaults of the device.
+    """Buckets from the flags, else defaults of the device; `fresh`: see `Buckets`.
 
     Deterministic inference takes the largest size of each family: what else runs must not decide
     which program a request meets.
@@ -153,7 +171,7 @@ def make_buckets(
     extend = _limit(extend, config.chunked_prefill_size, "--chunked-prefill-size", num_slices)
     if deterministic:
         decode, extend = decode[-1:], extend[-1:]
-    return Buckets(decode=decode, extend=extend, mixed=not deterministic)
+    return Buckets(decode=decode, extend=extend, mixed=not deterministic, fresh=fresh)
 
 
 def _limit(sizes: Sequence[int], total: int | None, flag: str, num_slices: int) -> tuple[int, ...]:

@@ -142,7 +142,7 @@ class ProgramFactory:
         hidden_rows = self.buckets.prefill_tokens if packing.shape.prefill_rows else 0
         kernels = self.kernels
         if packing.shape.prefill_rows:  # copies of weights cost little beside so much computing
-            kernels = replace(kernels, unroll=1)
+            kernels = replace(kernels, unroll=1, prefixes=packing.shape.prefixes)
         fn = functools.partial(_forward, self.spec, self._comm, kernels, packing, hidden_rows)
         outputs = (s, s, pool_spec, s) if hidden_rows else (s, s, pool_spec)
         program = sharded(fn, self.mesh, (self.spec.specs, pool_spec, s, s), outputs, donate=(1,))

@@ -188,7 +188,11 @@ class ModelRunner:
                 f"--context-length {model.sliding_window} serves it, {context} does not."
             )
         self.buckets = make_buckets(
-            config, platform=self.platform, num_slices=layout.num_slices, max_context=context
+            config,
+            platform=self.platform,
+            num_slices=layout.num_slices,
+            max_context=context,
+            fresh=self.kernels.extend_attention == "pallas",
         )
         self.comm = MeshComm(
             layout, config.moe_a2a_backend, deterministic=config.enable_deterministic_inference

@@ -259,12 +259,15 @@ def extend_attention(
     tables: jax.Array,
     chunk_first_row: jax.Array,
     chunk_rows: jax.Array,
-    prefixes: Prefixes,
+    prefixes: Prefixes | None,
     *,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `model.ops.mla_attention.extend_attention`."""
+    """See `model.ops.mla_attention.extend_attention`; None for prefixes says that there are none.
+
+    Whether there are any must else be asked, which the host does, layer by layer.
+    """
     m, heads = len(latents), q_nope.shape[1]
     latent, value = w_uv.shape[1:]
     attend = functools.partial(_attend, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
@@ -278,6 +281,8 @@ def extend_attention(
         chunks = Chunks(chunk_first_row, chunk_rows, chunk_first_row, chunk_rows)
         return attend(expand(latents), chunks, start, causal=True)
 
+    if prefixes is None:
+        return causal()
     size = min(MAX_PIECE, max(MIN_PIECE, m))
 
     def one_piece(i: jax.Array, state: State) -> State:
