@@ -78,10 +78,6 @@ class Rows(NamedTuple):
     offsets: jax.Array
     prefixes: Prefixes
 
-    def of(self, part: MicroBatch) -> Rows:
-        """Those of a micro-batch; the prefixes are still those of all chunks."""
-        return Rows(*(a[part.rows] for a in self[:-1]), prefixes=self.prefixes)
-
 
 class MicroBatch(NamedTuple):
     """A range of a step's rows that a layer computes by itself: all of them, or one of two.

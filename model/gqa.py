@@ -6,6 +6,8 @@ Rotated keys and values are cached. Query heads stand beside the key/value head 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -55,7 +57,8 @@ class GQAttention(nnx.Module):
 
     def project(
         self,
-        x: jax.Array,
+        xs: Sequence[jax.Array],
+        parts: Sequence[MicroBatch],
         kv: jax.Array,
         layer: jax.Array,
         rows: Rows,
@@ -63,20 +66,24 @@ class GQAttention(nnx.Module):
         sin: jax.Array,
         comm: Comm,
         kernels: Kernels,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """Queries of normalised rows, and their entries, which are written into the pool.
 
         Args:
-            x: [n, D]; rows, cos, sin: theirs.
+            xs: [n, D] of each of the step's micro-batches, `parts`; rows, cos, sin: of all T rows.
             kv: [L, pages, S, 2, N, d], this device's pool; layer: i32, this layer's index in it.
             kernels: has nothing for GQA.
 
         Returns:
-            [n, N, G, d]; the entries [n, 2, N, d]; the updated pool.
+            [n, N, G, d] of each micro-batch; the entries [T, 2, N, d]; the updated pool.
         """
-        q, entries = self.queries_and_entries(x, cos, sin, comm)
-        written = saturating_cast(entries, kv.dtype)
-        return q, entries, kv.at[layer, rows.pages, rows.offsets].set(written)
+        projected = [
+            self.queries_and_entries(x, cos[part.rows], sin[part.rows], comm)
+            for x, part in zip(xs, parts, strict=True)
+        ]
+        entries = saturating_cast(jnp.concatenate([e for _, e in projected]), kv.dtype)
+        kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
+        return [q for q, _ in projected], entries, kv
 
     def _rotated(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """Rotate the first `rotary_dim` of x [T, heads, d]."""

@@ -6,6 +6,7 @@ Decode rows use the absorbed form, prompt rows the naive form; both are equal in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -84,7 +85,8 @@ class MLAttention(nnx.Module):
 
     def project(
         self,
-        x: jax.Array,
+        xs: Sequence[jax.Array],
+        parts: Sequence[MicroBatch],
         kv: jax.Array,
         layer: jax.Array,
         rows: Rows,
@@ -92,40 +94,55 @@ class MLAttention(nnx.Module):
         sin: jax.Array,
         comm: Comm,
         kernels: Kernels,
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+    ) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array, jax.Array]:
         """Queries of normalised rows, and their entries, which are written into the pool.
 
         Args:
-            x: [n, D]; rows, cos, sin: theirs.
+            xs: [n, D] of each of the step's micro-batches, `parts`; rows, cos, sin: of all T rows.
             kv: [L, N, S, C + R], this slice's pool; layer: i32, this layer's index in it.
 
         Returns:
-            `queries`, the first ones perhaps wider than nope; the entries as cached [n, C + R], in
-            x's dtype; the updated pool.
+            `queries` of each micro-batch, the first ones perhaps wider than nope; the entries as
+            cached [T, C + R], in x's dtype; the updated pool.
         """
-        c = self.config
+        of_rows = [tuple(a[part.rows] for a in (cos, sin, rows.positions)) for part in parts]
         if kernels.mla_inputs == "xla":
-            entries = saturating_cast(self.latents(x, cos, sin, kernels), kv.dtype)
-            kv = kv.at[layer, rows.pages, rows.offsets].set(entries)
-            queries = self.queries(x, cos, sin, rows.positions, kernels)
-            return queries, entries.astype(x.dtype), kv
+            queries = [self.queries(x, *of, kernels) for x, of in zip(xs, of_rows, strict=True)]
+            entries = [self.latents(x, *of[:2], kernels) for x, of in zip(xs, of_rows, strict=True)]
+            cached = saturating_cast(jnp.concatenate(entries), kv.dtype)
+            kv = kv.at[layer, rows.pages, rows.offsets].set(cached)
+            return queries, cached.astype(xs[0].dtype), kv
         norm = self.kv_a_norm.get_value()
         if not isinstance(norm, StackedWeight):
             norm = StackedWeight(stack=norm[None], layer=jnp.int32(0))
-        q, q_rope, entries, kv = finish_inputs(
-            matmul_parts(*self._query_product(x, kernels), 1, kernels),
-            matmul_parts(x, self.kv_a.get_value(), 1, kernels),
-            *(norm.stack, norm.layer, cos, sin),
-            *(kv, layer, rows.pages, rows.offsets, x.dtype),
-            nope=c.qk_nope_head_dim,
-            interleaved=c.rope_interleaved,
-            eps=LATENT_NORM_EPS,
-            interpret=kernels.interpret,
-        )
-        if c.query_scale_beta:
-            factor = query_scale(c, rows.positions)[:, None, None].astype(q.dtype)
-            q, q_rope = q * factor, q_rope * factor
-        return (q, q_rope), entries, kv
+        products = [self._products(x, kernels) for x in xs]
+        queries, entries = [], []
+        for part, (q, entry), of in zip(parts, products, of_rows, strict=True):
+            q, q_rope, written, kv = finish_inputs(
+                *(q, entry, norm.stack, norm.layer, *of[:2], kv, layer),
+                *(rows.pages[part.rows], rows.offsets[part.rows], xs[0].dtype),
+                after=[other for _, other in products if other is not entry],
+                nope=self.config.qk_nope_head_dim,
+                interleaved=self.config.rope_interleaved,
+                eps=LATENT_NORM_EPS,
+                interpret=kernels.interpret,
+            )
+            if self.config.query_scale_beta:
+                factor = query_scale(self.config, of[2])[:, None, None].astype(q.dtype)
+                q, q_rope = q * factor, q_rope * factor
+            queries.append((q, q_rope))
+            entries.append(written)
+        return queries, jnp.concatenate(entries), kv
+
+    def _products(self, x: jax.Array, kernels: Kernels) -> tuple[jax.Array, jax.Array]:
+        """Queries and entries before norm and rotation, in parts (see `matmul_parts`)."""
+        rows, weight = self._query_product(x, kernels)
+        if rows is x:  # both products in one kernel
+            q, entry = matmul_parts(x, (weight, self.kv_a.get_value()), 1, kernels)
+        else:
+            (q,) = matmul_parts(rows, (weight,), 1, kernels)
+            (entry,) = matmul_parts(x, (self.kv_a.get_value(),), 1, kernels)
+        return q, entry
 
     def attend(
         self,

@@ -243,29 +243,20 @@ def _run_segment(
                 lambda stack: StackedWeight(stack=stack, layer=index), stacked, is_leaf=_is_weight
             )
         layer: DecoderLayer = nnx.merge(graph, weights)
-        projected = []
-        for x, part in zip(xs, parts, strict=True):
-            normed = rms_norm(x, layer.attention_norm[...], eps)
-            of_rows = (rows.of(part), cos[part.rows], sin[part.rows])
-            *of_part, kv = layer.attention.project(
-                normed, kv, first_layer + index, *of_rows, comm, kernels
-            )
-            projected.append(of_part)
+        at = first_layer + index
         # All micro-batches are written before any attends: rows read what other rows of the step
-        # write (a chunk that is cut, a prefix that two prompts share), and were the pool read
-        # between two writes, XLA would copy it.
-        entries = jnp.concatenate([e for _, e in projected])
-        attended = [
-            x
-            + _scaled(
-                layer.attention.attend(
-                    *(queries, entries, kv, first_layer + index, batch, rows.prefixes, part),
-                    *(comm, kernels),
-                ),
-                scale,
+        # write (a chunk that is cut, a prefix that two prompts share). And none is written before
+        # all have attended in the layer before, or XLA would copy the pool.
+        queries, entries, kv = layer.attention.project(
+            [rms_norm(x, layer.attention_norm[...], eps) for x in xs],
+            *(parts, kv, at, rows, cos, sin, comm, kernels),
+        )
+        attended = []
+        for x, q, part in zip(xs, queries, parts, strict=True):
+            y = layer.attention.attend(
+                q, entries, kv, at, batch, rows.prefixes, part, comm, kernels
             )
-            for x, (queries, _), part in zip(xs, projected, parts, strict=True)
-        ]
+            attended.append(x + _scaled(y, scale))
         done, all_counts = [], []
         for x, part in zip(attended, parts, strict=True):
             normed = rms_norm(x, layer.mlp_norm[...], eps)

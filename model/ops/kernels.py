@@ -24,6 +24,8 @@ class Kernels:
         dense: products of a few rows with a layer of stacked weights.
         unroll: how many layers of a segment become straight code in a decode program; the whole
             segment if that is not more. More takes longer to compile and copies fewer weights.
+        prefixes: whether prompt chunks may begin behind cached tokens; without, extend attention of
+            MLA in Pallas need not ask.
         interpret: run kernels as ordinary JAX operations (tests on CPU).
     """
 
@@ -34,6 +36,7 @@ class Kernels:
     routing: Implementation = "xla"
     dense: Implementation = "xla"
     unroll: int = 1
+    prefixes: bool = True
     interpret: bool = False
 
 

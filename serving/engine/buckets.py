@@ -18,6 +18,8 @@ DEFAULT_EXTEND = {"cpu": (64, 512), "accelerator": (128, 512, 2048, 8192)}
 DETERMINISTIC_DECODE = {"cpu": (32,), "accelerator": (256,)}
 DETERMINISTIC_EXTEND = {"cpu": (512,), "accelerator": (2048,)}
 """Every prefill step costs the one size there is: smaller than the largest of the others."""
+FRESH_ROWS = 2048
+"""Extend programs from that size on are worth a version of their own without cached prefixes."""
 MAX_CHUNKS = 64
 CUT_STEP = 128
 """Large micro-batches are multiples of this many prefill rows: whole blocks of the kernels."""
@@ -33,12 +35,14 @@ class Shape:
     Attributes:
         decode_rows: B; prefill_rows: M, 0 in a decode program; chunks: C, most prompt chunks.
         cut: two-batch overlap: how many of the B + M rows the first micro-batch has; 0 without it.
+        prefixes: whether chunks may begin behind cached tokens.
     """
 
     decode_rows: int
     prefill_rows: int = 0
     chunks: int = 0
     cut: int = 0
+    prefixes: bool = True
 
     @property
     def sampled_rows(self) -> int:
@@ -46,7 +50,8 @@ class Shape:
 
     def __str__(self) -> str:
         if self.prefill_rows:
-            return f"extend {self.prefill_rows} beside {self.decode_rows}"
+            fresh = "" if self.prefixes else ", nothing cached"
+            return f"extend {self.prefill_rows} beside {self.decode_rows}{fresh}"
         return f"decode {self.decode_rows}"
 
 
@@ -59,6 +64,8 @@ class Buckets:
             or chunks.
         cut_extend_from, cut_decode_from: the smallest programs of each family that compute two
             micro-batches; None: no program does.
+        fresh: whether large extend programs come in two versions, one for steps in which no chunk
+            begins behind cached tokens.
     """
 
     decode: tuple[int, ...]
@@ -66,6 +73,7 @@ class Buckets:
     mixed: bool = True
     cut_extend_from: int | None = None
     cut_decode_from: int | None = None
+    fresh: bool = False
 
     @property
     def slots(self) -> int:
@@ -96,9 +104,10 @@ class Buckets:
     def shapes(self) -> list[Shape]:
         """Every program's sizes, the largest extend program first."""
         extend = [
-            self._extend_shape(m, b)
+            self._extend_shape(m, b, prefixes)
             for m in reversed(self.extend)
             for b in reversed(self.beside_prefill)
+            for prefixes in ((True, False) if self._has_fresh(m) else (True,))
         ]
         return extend + [self._decode_shape(b) for b in reversed(self.decode)]
 
@@ -111,7 +120,10 @@ class Buckets:
         cut = self.cut_decode_from is not None and rows >= self.cut_decode_from
         return Shape(decode_rows=rows, cut=rows // 2 if cut else 0)
 
-    def _extend_shape(self, prefill_rows: int, decode_rows: int) -> Shape:
+    def _has_fresh(self, prefill_rows: int) -> bool:
+        return self.fresh and prefill_rows >= FRESH_ROWS
+
+    def _extend_shape(self, prefill_rows: int, decode_rows: int, prefixes: bool) -> Shape:
         cut = 0
         if self.cut_extend_from is not None and prefill_rows >= self.cut_extend_from:
             cut = _cut(decode_rows, prefill_rows)
@@ -120,6 +132,7 @@ class Buckets:
             prefill_rows=prefill_rows,
             chunks=self.prefill_chunks,
             cut=cut,
+            prefixes=prefixes or not self._has_fresh(prefill_rows),
         )
 
     def shape_for(self, plan: StepPlan) -> Shape:
@@ -140,9 +153,10 @@ class Buckets:
         chunks = max(len(s.prefill) for s in plan.slices)
         if rows <= self.slots and chunks <= self.prefill_chunks:
             beside = next(b for b in self.beside_prefill if rows <= b)
+            prefixes = any(c.start for s in plan.slices for c in s.prefill)
             for m in self.extend:
                 if tokens <= m:
-                    return self._extend_shape(m, beside)
+                    return self._extend_shape(m, beside, prefixes)
         raise ValueError(
             f"{tokens} prompt tokens in {chunks} chunks beside {rows} decode rows exceed "
             f"{self.extend[-1]} in {self.prefill_chunks} beside {self.slots}"
@@ -159,9 +173,9 @@ def _cut(decode_rows: int, prefill_rows: int) -> int:
 
 
 def make_buckets(
-    config: ServerConfig, *, platform: str, num_slices: int, max_context: int
+    config: ServerConfig, *, platform: str, num_slices: int, max_context: int, fresh: bool = False
 ) -> Buckets:
-    """Buckets from the flags, else defaults of the device.
+    """Buckets from the flags, else defaults of the device; `fresh`: see `Buckets`.
 
     Deterministic inference takes the largest size of each family: what else runs must not decide
     which program a request meets.
@@ -189,6 +203,7 @@ def make_buckets(
         mixed=not deterministic,
         cut_extend_from=config.tbo_min_prefill_tokens if overlap else None,
         cut_decode_from=config.tbo_min_decode_rows if overlap else None,
+        fresh=fresh,
     )
 
 

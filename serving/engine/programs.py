@@ -163,7 +163,7 @@ class ProgramFactory:
         hidden_rows = self.buckets.prefill_tokens if packing.shape.prefill_rows else 0
         kernels = self.kernels
         if packing.shape.prefill_rows:  # copies of weights cost little beside so much computing
-            kernels = replace(kernels, unroll=1)
+            kernels = replace(kernels, unroll=1, prefixes=packing.shape.prefixes)
         if packing.shape.cut:
             kernels = replace(kernels, unroll=max(kernels.unroll, OVERLAP_UNROLL))
         fn = functools.partial(_forward, self.spec, self._comm, kernels, packing, hidden_rows)

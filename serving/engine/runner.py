@@ -188,7 +188,11 @@ class ModelRunner:
 
         context = longest_context(config, model)
         self.buckets = make_buckets(
-            config, platform=self.platform, num_slices=layout.num_slices, max_context=context
+            config,
+            platform=self.platform,
+            num_slices=layout.num_slices,
+            max_context=context,
+            fresh=self.kernels.extend_attention == "pallas",
         )
         self._log_overlap()
         self.comm = MeshComm(

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.layers import rms_norm
 from model.moe import route
 from model.ops import routing
-from model.ops.dense import StackedWeight, matmul
+from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
 from model.ops.kernels import XLA
@@ -148,6 +148,10 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
     got = run_extend(arrays, kv, numbers, prefixes, KERNELS)
     want = run_extend(arrays, no_nan(kv), numbers, prefixes, XLA)
     np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
+    if not any(distinct):
+        fresh = dataclasses.replace(KERNELS, prefixes=False)
+        got = run_extend(arrays, kv, numbers, prefixes, fresh)
+        np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
     assert (np.asarray(got[before + sum(n for _, n in chunks) :]) == 0).all()
 
 
@@ -208,7 +212,7 @@ def test_a_token_is_computed_alike_beside_others(rng):
     np.testing.assert_array_equal(together[0], single[0])
 
 
-@pytest.mark.parametrize("pairs", [1, 128, 500])
+@pytest.mark.parametrize("pairs", [1, 128, 500, 5000])
 def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs):
     ids = rng.integers(-1, 5, pairs).astype(np.int32)
     order, counts = sort_pairs(jnp.asarray(ids), 5, interpret=True)
@@ -234,6 +238,16 @@ def test_products_with_a_stack_equal_those_with_its_layer(rng, rows, inside, out
     got = matmul(x, weight, len(inside), KERNELS)
     assert got.shape == (rows, *outside)
     np.testing.assert_allclose(got, matmul(x, stack[2], len(inside), XLA), atol=1e-4)
+
+
+def test_products_with_two_weights_in_one_kernel_equal_each(rng):
+    x = jnp.asarray(rng.standard_normal((5, 128)), jnp.float32)
+    stacks = [jnp.asarray(rng.standard_normal((3, 128, *s)), jnp.float32) for s in ((2, 48), (80,))]
+    weights = [StackedWeight(stack=stack, layer=jnp.int32(2)) for stack in stacks]
+    got = matmul_parts(x, weights, 1, KERNELS)
+    for parts, weight, stack in zip(got, weights, stacks, strict=True):
+        np.testing.assert_allclose(parts.sum(axis=0), matmul(x, stack[2], 1, XLA), atol=1e-4)
+        np.testing.assert_allclose(parts.sum(axis=0), matmul(x, weight, 1, KERNELS), atol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [None, 3])
@@ -292,10 +306,10 @@ def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype,
 def test_routing_equals_its_twin(rng, name, few, monkeypatch):
     monkeypatch.setattr(routing, "FEW_ROWS", few)
     config = ModelConfig.from_folder(DATA / name)
-    width, experts = 64, config.num_experts
+    width, experts = 7 * 64, config.num_experts
     assert routing_unsupported(width, config.num_groups) is None
     x = jnp.asarray(rng.standard_normal((21, width)), jnp.float32)
-    stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 4, jnp.float32)
+    stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 12, jnp.float32)
     bias = jnp.asarray(rng.uniform(-1.5, -0.5, experts), jnp.float32)
     bias = bias if config.router_bias else None
     got = routing.route(
@@ -385,6 +399,13 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     text = lowered_for_cuda(
         lambda x, w, i: matmul(x, StackedWeight(stack=w, layer=i), 1, kernels),
         *(array(64, 2048), array(26, 2048, 2, 2816), layer),
+    )
+    assert "triton" in text
+    text = lowered_for_cuda(
+        lambda x, q, kv, i: matmul_parts(
+            x, [StackedWeight(stack=w, layer=i) for w in (q, kv)], 1, kernels
+        ),
+        *(array(64, 2048), array(26, 2048, 16, 192), array(26, 2048, 576), layer),
     )
     assert "triton" in text
     for tokens in (64, routing.FEW_ROWS + 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,23 +50,33 @@ def matmul(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Arra
     Returns:
         [T, out...] in x's dtype.
     """
-    parts = matmul_parts(x, weight, num_in, kernels)
+    (parts,) = matmul_parts(x, (weight,), num_in, kernels)
     # Additions in a row fuse with what follows; a reduction is a kernel of its own.
     return functools.reduce(operator.add, tuple(parts)).astype(x.dtype)
 
 
-def matmul_parts(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Array:
-    """`matmul` as parts [P, T, out...] whose sum it is: float32, or in x's dtype if P is 1."""
-    if isinstance(weight, StackedWeight):
-        stack = weight.stack
-        shape = stack.shape[1:]
-        if (
-            kernels.dense == "pallas"
-            and not isinstance(stack, BlockFP8)
-            and x.shape[0] <= MAX_ROWS
-            and pallas.unsupported(shape, num_in) is None
-        ):
-            return pallas.matmul_parts(x, stack, weight.layer, num_in, interpret=kernels.interpret)
-    w = weight[...]
+def matmul_parts(
+    x: jax.Array, weights: Sequence[Any], num_in: int, kernels: Kernels
+) -> list[jax.Array]:
+    """`matmul` by each of several weights of one layer that contract the same numbers.
+
+    Each result is in parts [P, T, out...] whose sum it is: float32, or in x's dtype if P is 1.
+    """
+    few = kernels.dense == "pallas" and x.shape[0] <= MAX_ROWS
+    if few and all(_read_in_place(weight, num_in) for weight in weights):
+        stacks, layer = [weight.stack for weight in weights], weights[0].layer
+        return pallas.matmul_parts(x, stacks, layer, num_in, interpret=kernels.interpret)
     contracted = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
-    return jax.lax.dot_general(x, w, (contracted, ((), ())), preferred_element_type=x.dtype)[None]
+    return [
+        jax.lax.dot_general(x, weight[...], (contracted, ((), ())), preferred_element_type=x.dtype)[
+            None
+        ]
+        for weight in weights
+    ]
+
+
+def _read_in_place(weight: Any, num_in: int) -> bool:
+    """Whether the kernel takes the weight."""
+    if not isinstance(weight, StackedWeight) or isinstance(weight.stack, BlockFP8):
+        return False
+    return pallas.unsupported(weight.stack.shape[1:], num_in) is None

@@ -143,7 +143,8 @@ def extend_attention(
         )
         return jnp.pad(out, ((before, 0), (0, 0), (0, 0)))
     return extend.extend_attention(
-        *(q_nope, q_rope, w_uk, w_uv, latents, kv, layer, *chunks, prefixes),
+        *(q_nope, q_rope, w_uk, w_uv, latents, kv, layer, *chunks),
+        prefixes if kernels.prefixes else None,
         rows=rows,
         scale=scale,
         interpret=kernels.interpret,

@@ -262,13 +262,16 @@ def extend_attention(
     tables: jax.Array,
     chunk_first_row: jax.Array,
     chunk_rows: jax.Array,
-    prefixes: Prefixes,
+    prefixes: Prefixes | None,
     *,
     rows: slice,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `model.ops.mla_attention.extend_attention`."""
+    """See `model.ops.mla_attention.extend_attention`; None for prefixes says that there are none.
+
+    Whether there are any must else be asked, which the host does, layer by layer.
+    """
     m, heads = rows.stop - rows.start, q_nope.shape[1]
     latent, value = w_uv.shape[1:]
     attend = functools.partial(_attend, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
@@ -285,6 +288,8 @@ def extend_attention(
         chunks = Chunks(first_row, chunk_rows, chunk_first_row, chunk_rows)
         return attend(own, chunks, start, causal=True)
 
+    if prefixes is None:
+        return causal()
     size = min(MAX_PIECE, max(MIN_PIECE, m))
 
     def one_piece(i: jax.Array, state: State) -> State:

@@ -19,6 +19,8 @@ from jax.experimental.pallas import triton as plgpu
 from model.ops.kernels import largest_block
 from model.ops.mla_attention.pages import MIN_BLOCK
 
+COLUMNS, DEPTH, WARPS = 64, 64, 4
+"""Of a block at most."""
 MAX_PARTS = 4
 """More parts of an attention do not fit the multiprocessor's memory at once."""
 
@@ -91,7 +93,7 @@ def per_head(
         rows *= 2
     if parts is not None:  # all parts of a block are summed in registers
         rows = min(rows, 32)
-    columns, depth = largest_block(n, 64), largest_block(k, 64)
+    columns, depth = largest_block(n, COLUMNS), largest_block(k, DEPTH)
     operands = [x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32)]
     operands += parts or ()
 
@@ -104,7 +106,7 @@ def per_head(
         in_specs=[whole(a.shape) for a in operands],
         out_specs=whole((b, heads, n)),
         out_shape=jax.ShapeDtypeStruct((b, heads, n), stack.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=3),
         interpret=interpret,
         name="per_head",
     )(*operands)

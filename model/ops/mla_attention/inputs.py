@@ -8,6 +8,7 @@ definition is `model.mla.MLAttention.queries` and `latents`, which a pool writte
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,16 +42,15 @@ def _kernel(
     pages_ref,
     offsets_ref,
     _kv_ref,
-    kv_ref,
-    entries_ref,
-    q_rope_ref,
-    *q_nope_refs,
+    *refs,
+    unread: int,
     heads: int,
     nope: int,
     interleaved: bool,
     eps: float,
 ):
     """A row's entry (program 0 of the row), or the queries of some of its heads."""
+    kv_ref, entries_ref, q_rope_ref, *q_nope_refs = refs[unread:]
     dtype, half = entries_ref.dtype, cos_ref.shape[1]
     row, block = pl.program_id(0), pl.program_id(1) - 1
     pair = lax.broadcasted_iota(jnp.int32, (half,), 0)
@@ -113,6 +113,7 @@ def finish_inputs(
     offsets: jax.Array,
     dtype: jax.typing.DTypeLike,
     *,
+    after: Sequence[jax.Array] = (),
     nope: int,
     interleaved: bool,
     eps: float,
@@ -126,6 +127,7 @@ def finish_inputs(
         cos, sin: f32 [T, R / 2].
         kv: [L, N, S, C + R], the pool; layer: i32; pages, offsets: i32 [T], the rows' places.
         dtype: of activations.
+        after: arrays that must be there before the pool is written.
 
     Returns:
         the queries [T, H, nope or more], whose first `nope` numbers count; rotated [T, H, R]; the
@@ -142,7 +144,7 @@ def finish_inputs(
 
     operands = (
         *(q, entry, norm, scalar(norm_layer), cos, sin),
-        *(scalar(layer), pages, offsets, kv),
+        *(scalar(layer), pages, offsets, kv, *after),
     )
     out_shape = [
         jax.ShapeDtypeStruct(kv.shape, kv.dtype),
@@ -156,12 +158,19 @@ def finish_inputs(
         return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
     kv, entries, q_rope, *q_nope = pl.pallas_call(
-        functools.partial(_kernel, heads=heads, nope=nope, interleaved=interleaved, eps=eps),
+        functools.partial(
+            _kernel,
+            unread=len(after),
+            heads=heads,
+            nope=nope,
+            interleaved=interleaved,
+            eps=eps,
+        ),
         grid=(t, 1 + -(-num_heads // heads)),
         in_specs=[whole(a.shape) for a in operands],
         out_specs=[whole(a.shape) for a in out_shape],
         out_shape=out_shape,
-        input_output_aliases={len(operands) - 1: 0},
+        input_output_aliases={len(operands) - len(after) - 1: 0},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="mla_inputs",

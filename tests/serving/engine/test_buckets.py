@@ -15,7 +15,7 @@ from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan, StepPlan
 SAMPLING = SamplingParams(max_tokens=1)
 
 
-def plan(*slices):
+def plan(*slices, start=0):
     """Each slice: (decode rows, chunk sizes)."""
 
     def row(i):
@@ -26,7 +26,7 @@ def plan(*slices):
             rid=f"c{i}",
             slot=i,
             tokens=(5,) * n,
-            start=0,
+            start=start,
             pages=(1,),
             samples=True,
             sampling=SAMPLING,
@@ -67,6 +67,18 @@ def test_few_decode_rows_beside_prefill_do_not_pay_for_a_full_set():
         assert (shape.decode_rows, shape.prefill_rows) == (beside, 64)
         assert shape in b.shapes()
     assert b.shapes()[0] == Shape(decode_rows=64, prefill_rows=256, chunks=b.prefill_chunks)
+    assert len({str(shape) for shape in b.shapes()}) == len(b.shapes())
+
+
+def test_large_steps_with_nothing_cached_have_programs_of_their_own():
+    config = ServerConfig(decode_buckets=(16,), extend_buckets=(64, 4096))
+    b = make_buckets(config, platform="cuda", num_slices=1, max_context=4096, fresh=True)
+    assert b.shape_for(plan((0, [10]))).prefixes  # a small program takes both
+    assert b.shape_for(plan((0, [100]), (0, [100]), start=16)).prefixes
+    shape = b.shape_for(plan((0, [100]), (0, [100])))
+    assert (shape.prefixes, shape.prefill_rows) == (False, 4096)
+    assert shape in b.shapes()
+    assert [s.prefixes for s in b.shapes()] == [True, False, True, True]
     assert len({str(shape) for shape in b.shapes()}) == len(b.shapes())
 
 

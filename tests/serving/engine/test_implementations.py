@@ -22,7 +22,9 @@ def choose(name, platform="cuda", layout=(1, 1, 1), fp8=(), **flags):
 
 
 def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
-    pallas = {field.name for field in dataclasses.fields(Kernels)} - {"unroll", "interpret"}
+    pallas = {field.name for field in dataclasses.fields(Kernels)} - {
+        *("unroll", "prefixes", "interpret")
+    }
     chosen = choose("deepseek_v2_lite")
     assert all(getattr(chosen, name) == "pallas" for name in pallas)
     assert choose("deepseek_v2_lite", platform="cpu") == Kernels()
