@@ -20,7 +20,7 @@ from model.comm import Comm
 from model.config import LayerKind, ModelConfig
 from model.gqa import GQAttention
 from model.heads import HeadSlots, head_slots
-from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, rms_norm
+from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, norm_rows, rms_norm
 from model.mla import MLAttention
 from model.moe import Experts, MoE
 from model.ops.dense import StackedWeight
@@ -230,12 +230,12 @@ def _run_segment(
                 lambda stack: StackedWeight(stack=stack, layer=index), stacked, is_leaf=_is_weight
             )
         layer: DecoderLayer = nnx.merge(graph, weights)
-        normed = rms_norm(x, layer.attention_norm[...], eps)
+        normed = norm_rows(x, layer.attention_norm.get_value(), eps, kernels)
         attended, kv = layer.attention(
             normed, kv, first_layer + index, batch, rows, cos, sin, comm, kernels
         )
         x = x + _scaled(attended, scale)
-        normed = rms_norm(x, layer.mlp_norm[...], eps)
+        normed = norm_rows(x, layer.mlp_norm.get_value(), eps, kernels)
         if segment.kind == "dense":
             y, counts = comm.sum_heads(layer.mlp(normed, kernels)), jnp.zeros(0, jnp.int32)
         else:

@@ -17,7 +17,7 @@ from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
 from model.layers import rms_norm
 from model.moe import route
-from model.ops import routing
+from model.ops import norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
@@ -240,6 +240,15 @@ def test_products_of_every_head_equal_an_einsum(rng, parts):
     np.testing.assert_allclose(got, jnp.einsum("bhk,hkn->bhn", summed, stack[1]), atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "width", "many"), [(1, 64, 9), (11, 48, 9)])
+def test_norm_by_stacked_weights_equals_its_definition(rng, rows, width, many, monkeypatch):
+    monkeypatch.setattr(norm, "MANY_ROWS", many)
+    x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+    stack = jnp.asarray(rng.standard_normal((3, width)), jnp.float32)
+    got = norm.rms_norm(x, stack, jnp.int32(1), 1e-6, interpret=True)
+    np.testing.assert_allclose(got, rms_norm(x, stack[1], 1e-6), atol=1e-5)
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(
     ("parts", "heads", "kv_dtype"), [(1, 3, "float32"), (2, 20, "float32"), (3, 4, "float8_e4m3fn")]
@@ -383,6 +392,11 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     )
     assert "triton" in text
     for tokens in (64, 4096):
+        text = lowered_for_cuda(
+            lambda x, w, i: norm.rms_norm(x, w, i, 1e-6),
+            *(array(tokens, 2048), array(26, 2048), layer),
+        )
+        assert "rms_norm" in text
         text = lowered_for_cuda(
             lambda x, w, i: routing.route(
                 x, w, i, None, k=6, scoring="softmax", normalize=True, scale=1.0
