@@ -152,7 +152,7 @@ class MLAttention(nnx.Module):
                 q_rope,
                 self.w_uk[...],
                 self.w_uv[...],
-                entries[b:],
+                entries,
                 kv,
                 layer,
                 batch.chunk_tables,
@@ -160,6 +160,7 @@ class MLAttention(nnx.Module):
                 batch.chunk_rows,
                 batch.chunk_start,
                 rows.prefixes,
+                num_rows=batch.num_prefill_rows,
                 scale=scale,
                 kernels=kernels,
             )  # [T, H, V]

@@ -114,9 +114,12 @@ def extend_inputs(rng, rows, chunks, heads, shared=()):
     return arrays, kv, numbers, prefixes
 
 
-def run_extend(arrays, kv, numbers, prefixes, kernels):
+def run_extend(arrays, kv, numbers, prefixes, num_rows, kernels):
     return extend_attention(
-        *(*arrays, kv, jnp.int32(1), *numbers, prefixes), scale=SCALE / 4, kernels=kernels
+        *(*arrays, kv, jnp.int32(1), *numbers, prefixes),
+        num_rows=num_rows,
+        scale=SCALE / 4,
+        kernels=kernels,
     )
 
 
@@ -138,15 +141,16 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
     monkeypatch.setattr(extend, "MAX_PIECE", 128)
     arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, heads, shared)
     before = 3  # rows that are not prefill rows
-    arrays[:2] = [jnp.pad(a, ((before, 0), (0, 0), (0, 0))) for a in arrays[:2]]
+    for i in (0, 1, 4):
+        arrays[i] = jnp.pad(arrays[i], ((before, 0), *[(0, 0)] * (arrays[i].ndim - 1)))
     distinct = [start for i, (start, _) in enumerate(chunks) if i not in shared]
     assert int(prefixes.ends[-1]) == sum(distinct)
-    got = run_extend(arrays, kv, numbers, prefixes, KERNELS)
-    want = run_extend(arrays, no_nan(kv), numbers, prefixes, XLA)
+    got = run_extend(arrays, kv, numbers, prefixes, rows, KERNELS)
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, rows, XLA)
     np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
     if not any(distinct):
         fresh = dataclasses.replace(KERNELS, prefixes=False)
-        got = run_extend(arrays, kv, numbers, prefixes, fresh)
+        got = run_extend(arrays, kv, numbers, prefixes, rows, fresh)
         np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
     assert (np.asarray(got[before + sum(n for _, n in chunks) :]) == 0).all()
 
@@ -345,7 +349,9 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     )
     assert "triton" in text
     text = lowered_for_cuda(
-        lambda *a: extend_attention(*a[:-3], Prefixes(*a[-3:]), scale=0.1, kernels=kernels),
+        lambda *a: extend_attention(
+            *a[:-3], Prefixes(*a[-3:]), num_rows=2048, scale=0.1, kernels=kernels
+        ),
         *(array(2048, 16, 128), array(2048, 16, 64), array(16, 128, 512), array(16, 512, 128)),
         *(array(2048, 576), pool, layer, array(64, 300, dtype=i32)),
         *(array(64, dtype=i32) for _ in range(6)),

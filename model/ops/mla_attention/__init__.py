@@ -103,7 +103,7 @@ def extend_attention(
     q_rope: jax.Array,
     w_uk: jax.Array,
     w_uv: jax.Array,
-    latents: jax.Array,
+    entries: jax.Array,
     kv: jax.Array,
     layer: jax.Array,
     tables: jax.Array,
@@ -112,17 +112,18 @@ def extend_attention(
     chunk_start: jax.Array,
     prefixes: Prefixes,
     *,
+    num_rows: int,
     scale: float,
     kernels: Kernels = XLA,
 ) -> jax.Array:
     """Every prefill row against its own sequence: the cached prefix and the chunk up to itself.
 
-    The prefill rows are the last M of T.
+    The prefill rows are the last M = `num_rows` of T.
 
     Args:
         q_nope: [T, H, nope or more], the first nope numbers count; q_rope: [T, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
-        latents: [M, C + R], the rows' own entries, which are in the pool too.
+        entries: [T, C + R], the rows' own entries, which are in the pool too; finite.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
         prefixes: see `model.batch.find_prefixes`.
@@ -134,15 +135,16 @@ def extend_attention(
     """
     chunks = (tables, chunk_first_row, chunk_rows)
     if kernels.extend_attention == "xla":
-        before = len(q_nope) - len(latents)
+        before = len(q_nope) - num_rows
         q_nope, q_rope = q_nope[before:, :, : w_uk.shape[1]], q_rope[before:]
         out = xla.extend_attention(
             *(q_nope, q_rope, w_uk, w_uv, kv, layer, *chunks, chunk_start), scale=scale
         )
         return jnp.pad(out, ((before, 0), (0, 0), (0, 0)))
     return extend.extend_attention(
-        *(q_nope, q_rope, w_uk, w_uv, latents, kv, layer, *chunks),
+        *(q_nope, q_rope, w_uk, w_uv, entries, kv, layer, *chunks),
         prefixes if kernels.prefixes else None,
+        m=num_rows,
         scale=scale,
         interpret=kernels.interpret,
     )
