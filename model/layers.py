@@ -6,14 +6,15 @@ A parameter names its dimensions in `axes` metadata ("heads", "kv_heads", "vocab
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from model.comm import Comm
-from model.ops.dense import matmul
+from model.ops import norm
+from model.ops.dense import StackedWeight, matmul
 from model.ops.kernels import XLA, Kernels
 
 Axis = Literal["heads", "kv_heads", "vocab", "mlp", "experts", "expert_mlp"] | None
@@ -57,6 +58,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * weight
+
+
+def norm_rows(x: jax.Array, weight: Any, eps: float, kernels: Kernels = XLA) -> jax.Array:
+    """`rms_norm` of rows [T, D] by a weight, an array or a layer of a stack."""
+    if kernels.norm == "pallas" and isinstance(weight, StackedWeight):
+        return norm.rms_norm(x, weight.stack, weight.layer, eps, interpret=kernels.interpret)
+    return rms_norm(x, weight[...], eps)
 
 
 class MLP(nnx.Module):

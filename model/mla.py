@@ -174,7 +174,7 @@ class MLAttention(nnx.Module):
                 q_rope,
                 self.w_uk[...],
                 self.w_uv[...],
-                entries[batch.num_decode_rows :],
+                entries,
                 kv,
                 layer,
                 batch.chunk_tables,
@@ -183,6 +183,7 @@ class MLAttention(nnx.Module):
                 batch.chunk_start,
                 prefixes,
                 rows=part.prefill,
+                num_rows=batch.num_prefill_rows,
                 scale=scale,
                 kernels=kernels,
             )  # [n, H, V]

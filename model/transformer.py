@@ -21,7 +21,7 @@ from model.comm import Comm
 from model.config import LayerKind, ModelConfig
 from model.gqa import GQAttention
 from model.heads import HeadSlots, head_slots
-from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, rms_norm
+from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, norm_rows, rms_norm
 from model.mla import MLAttention
 from model.moe import Experts, MoE
 from model.ops.dense import StackedWeight
@@ -248,7 +248,7 @@ def _run_segment(
         # write (a chunk that is cut, a prefix that two prompts share). And none is written before
         # all have attended in the layer before, or XLA would copy the pool.
         queries, entries, kv = layer.attention.project(
-            [rms_norm(x, layer.attention_norm[...], eps) for x in xs],
+            [norm_rows(x, layer.attention_norm.get_value(), eps, kernels) for x in xs],
             *(parts, kv, at, rows, cos, sin, comm, kernels),
         )
         attended = []
@@ -259,7 +259,7 @@ def _run_segment(
             attended.append(x + _scaled(y, scale))
         done, all_counts = [], []
         for x, part in zip(attended, parts, strict=True):
-            normed = rms_norm(x, layer.mlp_norm[...], eps)
+            normed = norm_rows(x, layer.mlp_norm.get_value(), eps, kernels)
             if segment.kind == "dense":
                 y, counts = comm.sum_heads(layer.mlp(normed, kernels)), jnp.zeros(0, jnp.int32)
             else:

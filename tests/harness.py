@@ -27,6 +27,7 @@ KERNELS = Kernels(
     extend_attention="pallas",
     mla_inputs="pallas",
     grouped_mlp="pallas",
+    norm="pallas",
     dense="pallas",
     routing="pallas",
     interpret=True,

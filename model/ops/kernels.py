@@ -21,6 +21,7 @@ class Kernels:
         mla_inputs: norm, rotation and cache write between MLA's projections and its attention.
         grouped_mlp: of the routed experts.
         routing: choosing and weighing experts.
+        norm: RMSNorm by stacked weights.
         dense: products of a few rows with a layer of stacked weights.
         unroll: how many layers of a segment become straight code in a decode program; the whole
             segment if that is not more. More takes longer to compile and copies fewer weights.
@@ -34,6 +35,7 @@ class Kernels:
     mla_inputs: Implementation = "xla"
     grouped_mlp: Implementation = "xla"
     routing: Implementation = "xla"
+    norm: Implementation = "xla"
     dense: Implementation = "xla"
     unroll: int = 1
     prefixes: bool = True

@@ -65,6 +65,7 @@ def choose_kernels(
         mla_inputs=attention,
         grouped_mlp=experts,
         routing=routing,
+        norm=attention,
         dense=attention,
         unroll=config.layer_unroll or 1,
     )

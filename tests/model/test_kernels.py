@@ -17,7 +17,7 @@ from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
 from model.layers import rms_norm
 from model.moe import route
-from model.ops import routing
+from model.ops import norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
@@ -114,11 +114,12 @@ def extend_inputs(rng, rows, chunks, heads, shared=()):
     return arrays, kv, numbers, prefixes
 
 
-def run_extend(arrays, kv, numbers, prefixes, kernels, rows=None):
+def run_extend(arrays, kv, numbers, prefixes, num_rows, kernels, rows=None):
     """Queries are of all prefill rows, or with `rows` the last ones of those."""
     return extend_attention(
         *(*arrays, kv, jnp.int32(1), *numbers, prefixes),
-        rows=rows or slice(0, len(arrays[-1])),
+        rows=rows or slice(0, num_rows),
+        num_rows=num_rows,
         scale=SCALE / 4,
         kernels=kernels,
     )
@@ -142,15 +143,16 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
     monkeypatch.setattr(extend, "MAX_PIECE", 128)
     arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, heads, shared)
     before = 3  # rows that are not prefill rows
-    arrays[:2] = [jnp.pad(a, ((before, 0), (0, 0), (0, 0))) for a in arrays[:2]]
+    for i in (0, 1, 4):
+        arrays[i] = jnp.pad(arrays[i], ((before, 0), *[(0, 0)] * (arrays[i].ndim - 1)))
     distinct = [start for i, (start, _) in enumerate(chunks) if i not in shared]
     assert int(prefixes.ends[-1]) == sum(distinct)
-    got = run_extend(arrays, kv, numbers, prefixes, KERNELS)
-    want = run_extend(arrays, no_nan(kv), numbers, prefixes, XLA)
+    got = run_extend(arrays, kv, numbers, prefixes, rows, KERNELS)
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, rows, XLA)
     np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
     if not any(distinct):
         fresh = dataclasses.replace(KERNELS, prefixes=False)
-        got = run_extend(arrays, kv, numbers, prefixes, fresh)
+        got = run_extend(arrays, kv, numbers, prefixes, rows, fresh)
         np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
     assert (np.asarray(got[before + sum(n for _, n in chunks) :]) == 0).all()
 
@@ -167,11 +169,13 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
 )
 def test_extend_attention_in_two_parts_is_that_of_all_rows(rng, rows, chunks, cut):
     arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, heads=3)
-    want = run_extend(arrays, no_nan(kv), numbers, prefixes, XLA)
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, rows, XLA)
+    arrays[-1] = jnp.pad(arrays[-1], ((4, 0), (0, 0)))  # entries of decode rows
     for pool, kernels in ((kv, KERNELS), (no_nan(kv), XLA)):
         for part, before in ((slice(0, cut), 3), (slice(cut, rows), 0), (slice(cut, rows), 2)):
             queries = [jnp.pad(a[part], ((before, 0), (0, 0), (0, 0))) for a in arrays[:2]]
-            got = run_extend([*queries, *arrays[2:]], pool, numbers, prefixes, kernels, part)
+            args = [*queries, *arrays[2:]], pool, numbers, prefixes, rows
+            got = run_extend(*args, kernels, part)
             np.testing.assert_allclose(got[before:], want[part], atol=1e-4)
 
 
@@ -262,6 +266,15 @@ def test_products_of_every_head_equal_an_einsum(rng, parts):
         summed = (x * decay[..., None]).sum(axis=0) / (sums[1] * decay).sum(axis=0)[..., None]
     got = per_head(x, stack, jnp.int32(1), sums, interpret=True)
     np.testing.assert_allclose(got, jnp.einsum("bhk,hkn->bhn", summed, stack[1]), atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "width", "many"), [(1, 64, 9), (11, 48, 9)])
+def test_norm_by_stacked_weights_equals_its_definition(rng, rows, width, many, monkeypatch):
+    monkeypatch.setattr(norm, "MANY_ROWS", many)
+    x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+    stack = jnp.asarray(rng.standard_normal((3, width)), jnp.float32)
+    got = norm.rms_norm(x, stack, jnp.int32(1), 1e-6, interpret=True)
+    np.testing.assert_allclose(got, rms_norm(x, stack[1], 1e-6), atol=1e-5)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -361,7 +374,11 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     assert "triton" in text
     text = lowered_for_cuda(
         lambda *a: extend_attention(
-            *a[:-3], Prefixes(*a[-3:]), rows=slice(0, 2048), scale=0.1, kernels=kernels
+            *(*a[:-3], Prefixes(*a[-3:])),
+            rows=slice(0, 2048),
+            num_rows=2048,
+            scale=0.1,
+            kernels=kernels,
         ),
         *(array(2048, 16, 128), array(2048, 16, 64), array(16, 128, 512), array(16, 512, 128)),
         *(array(2048, 576), pool, layer, array(64, 300, dtype=i32)),
@@ -409,6 +426,11 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     )
     assert "triton" in text
     for tokens in (64, routing.FEW_ROWS + 1):
+        text = lowered_for_cuda(
+            lambda x, w, i: norm.rms_norm(x, w, i, 1e-6),
+            *(array(tokens, 2048), array(26, 2048), layer),
+        )
+        assert "rms_norm" in text
         text = lowered_for_cuda(
             lambda x, w, i: routing.route(
                 x, w, i, None, k=6, scoring="softmax", normalize=True, scale=1.0

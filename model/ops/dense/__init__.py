@@ -18,7 +18,7 @@ from model.ops.dense import pallas
 from model.ops.kernels import Kernels
 from model.quantization import BlockFP8, layer_weight
 
-MAX_ROWS = 256
+MAX_ROWS = 512
 """Beyond, the product is bound by arithmetic, which XLA's own is better at."""
 
 

@@ -103,7 +103,7 @@ def extend_attention(
     q_rope: jax.Array,
     w_uk: jax.Array,
     w_uv: jax.Array,
-    latents: jax.Array,
+    entries: jax.Array,
     kv: jax.Array,
     layer: jax.Array,
     tables: jax.Array,
@@ -113,6 +113,7 @@ def extend_attention(
     prefixes: Prefixes,
     *,
     rows: slice,
+    num_rows: int,
     scale: float,
     kernels: Kernels = XLA,
 ) -> jax.Array:
@@ -121,7 +122,8 @@ def extend_attention(
     Args:
         q_nope: [n, H, nope or more], the first nope numbers count; q_rope: [n, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], the two halves of kv_b_proj.
-        latents: [M, C + R], the entries of all M prefill rows, which are in the pool too.
+        entries: [T, C + R], all rows' own entries, which are in the pool too; finite. The prefill
+            rows' are the last M = `num_rows`.
         kv: [L, N, S, C + R]; layer: i32 scalar; tables: i32 [chunks, P].
         chunk_first_row, chunk_rows, chunk_start: i32 [chunks], see `ForwardBatch`.
         prefixes: see `model.batch.find_prefixes`.
@@ -143,9 +145,10 @@ def extend_attention(
         )
         return jnp.pad(out, ((before, 0), (0, 0), (0, 0)))
     return extend.extend_attention(
-        *(q_nope, q_rope, w_uk, w_uv, latents, kv, layer, *chunks),
+        *(q_nope, q_rope, w_uk, w_uv, entries, kv, layer, *chunks),
         prefixes if kernels.prefixes else None,
         rows=rows,
+        num_rows=num_rows,
         scale=scale,
         interpret=kernels.interpret,
     )

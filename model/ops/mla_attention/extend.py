@@ -29,10 +29,11 @@ MIN_PIECE, MAX_PIECE = 1024, 4096
 
 
 class Expanded(NamedTuple):
-    """Keys and values of S tokens: [S, H, nope], [S, R] (of all heads alike), [S, H, V]."""
+    """Keys and values of S tokens: [S, H, nope] and [S, H, V], and the entries [S, C + R] that they
+    come from, whose rope keys all heads share."""
 
     k_nope: jax.Array
-    k_rope: jax.Array
+    entries: jax.Array
     values: jax.Array
 
 
@@ -64,7 +65,7 @@ def _kernel(
     q_nope_ref,
     q_rope_ref,
     k_nope_ref,
-    k_rope_ref,
+    entries_ref,
     value_ref,
     blocks_ref,
     first_row_ref,
@@ -96,8 +97,9 @@ def _kernel(
         at = before + row[:, None]
         return plgpu.load(ref.at[at, head, across], mask=at < ref.shape[0], other=0)
 
-    q_nope = read_queries(q_nope_ref, nope)
-    q_rope = read_queries(q_rope_ref, q_rope_ref.shape[-1])
+    rope = q_rope_ref.shape[-1]
+    q_nope, q_rope = read_queries(q_nope_ref, nope), read_queries(q_rope_ref, rope)
+    rope_key = pl.ds(entries_ref.shape[1] - rope, rope)
 
     def one_chunk(c, so_far):
         first_row, first_key, num_keys = first_row_ref[c], first_key_ref[c], num_keys_ref[c]
@@ -121,7 +123,7 @@ def _kernel(
                 return plgpu.load(ref, mask=live, other=0)
 
             scores = dot(q_nope, read(k_nope_ref.at[at, head]), transposed=True)
-            scores += dot(q_rope, read(k_rope_ref.at[at]), transposed=True)
+            scores += dot(q_rope, read(entries_ref.at[at, rope_key]), transposed=True)
             seen = mine[:, None] & (key < stop)[None]
             if causal:
                 seen &= key[None] <= (row - first_row)[:, None]
@@ -130,7 +132,7 @@ def _kernel(
         def one_full_block(j, so_far):
             at = pl.ds(first_key + j * keys, keys)
             scores = dot(q_nope, k_nope_ref[at, head], transposed=True)
-            scores += dot(q_rope, k_rope_ref[at], transposed=True)
+            scores += dot(q_rope, entries_ref[at, rope_key], transposed=True)
             return Softmax(*so_far).add(scores, factor, value_ref[at, head])
 
         so_far = lax.fori_loop(0, full, one_full_block, so_far)
@@ -256,7 +258,7 @@ def extend_attention(
     q_rope: jax.Array,
     w_uk: jax.Array,
     w_uv: jax.Array,
-    latents: jax.Array,
+    entries: jax.Array,
     kv: jax.Array,
     layer: jax.Array,
     tables: jax.Array,
@@ -265,6 +267,7 @@ def extend_attention(
     prefixes: Prefixes | None,
     *,
     rows: slice,
+    num_rows: int,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
@@ -273,19 +276,22 @@ def extend_attention(
     Whether there are any must else be asked, which the host does, layer by layer.
     """
     m, heads = rows.stop - rows.start, q_nope.shape[1]
-    latent, value = w_uv.shape[1:]
+    rope, value = q_rope.shape[-1], w_uv.shape[-1]
     attend = functools.partial(_attend, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
+    # Whole entries times weights that ignore the rope key: cutting entries would copy them.
+    w_uk = jnp.pad(w_uk, ((0, 0), (0, 0), (0, rope)))
+    w_uv = jnp.pad(w_uv, ((0, 0), (0, rope), (0, 0)))
 
     def expand(entries: jax.Array) -> Expanded:
-        c = entries[:, :latent]
-        k_nope = jnp.einsum("mc,hnc->mhn", c, w_uk)
-        return Expanded(k_nope, entries[:, latent:], jnp.einsum("mc,hcv->mhv", c, w_uv))
+        k_nope = jnp.einsum("mc,hnc->mhn", entries, w_uk)
+        return Expanded(k_nope, entries, jnp.einsum("mc,hcv->mhv", entries, w_uv))
 
     # Outside of the branches, and of all rows: two parts' expansions are one to XLA.
-    own, first_row = expand(latents), chunk_first_row - rows.start
+    own, first_row = expand(entries), chunk_first_row - rows.start
 
     def causal(start: State | None = None) -> jax.Array:
-        chunks = Chunks(first_row, chunk_rows, chunk_first_row, chunk_rows)
+        first_key = chunk_first_row + (len(entries) - num_rows)
+        chunks = Chunks(first_row, chunk_rows, first_key, chunk_rows)
         return attend(own, chunks, start, causal=True)
 
     if prefixes is None:
@@ -293,11 +299,11 @@ def extend_attention(
     size = min(MAX_PIECE, max(MIN_PIECE, m))
 
     def one_piece(i: jax.Array, state: State) -> State:
-        entries = _prefix_piece(kv, layer, tables, prefixes, i * size, size)
+        cached = _prefix_piece(kv, layer, tables, prefixes, i * size, size)
         first = jnp.clip(prefixes.first - i * size, 0, size)
         end = jnp.clip(prefixes.first + prefixes.lengths - i * size, 0, size)
         chunks = Chunks(first_row, chunk_rows, first, end - first)
-        return attend(expand(entries.astype(q_nope.dtype)), chunks, state, causal=False)
+        return attend(expand(cached.astype(q_nope.dtype)), chunks, state, causal=False)
 
     def after_prefixes() -> jax.Array:
         whole = m + -m % block_rows(m)
