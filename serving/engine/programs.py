@@ -137,7 +137,8 @@ class ProgramFactory:
         """Bytes that live on a device beside weights, pool and temporaries: the state, what one
         step hands from program to program, and two masks."""
         rows = self.most_sampled
-        arrays = [*self.state, self._logits(rows), self._hidden()]
+        in_flight = [self._logits(rows), self._hidden()] * 2  # two steps
+        arrays = [*self.state, *in_flight]
         arrays += [self.masks(rows) for rows in self.buckets.sampled_rows] + [self.masks(rows)]
         return sum(a.size // self._num_slices * a.dtype.itemsize for a in arrays)
 
@@ -262,7 +263,10 @@ class ProgramFactory:
         rows = self.most_sampled
         compiled = [
             self.forward(packing, 2).compile(self.options(packing.shape)),
-            *(p.compile() for p in (self.full(rows), self.set_up(), self.score())),
+            *(
+                p.compile()
+                for p in (self.full(rows), self.greedy(rows), self.set_up(), self.score())
+            ),
         ]
         return max(p.memory_analysis().temp_size_in_bytes for p in compiled)
 
