@@ -500,8 +500,11 @@ def overview(results: Mapping[str, Rows]) -> list[Row]:
     return lines
 
 
-def decode_table(results: Mapping[str, Rows], base: str | None, dpa: str | None) -> list[Row]:
-    """Tokens a second by batch and context, a column a layout; and DPA's ratio to plain TP."""
+def decode_table(
+    results: Mapping[str, Rows], bases: Sequence[str], dpas: Sequence[str]
+) -> list[Row]:
+    """Tokens a second by batch and context, a column a layout; and the ratio of the fastest DPA
+    layout to the fastest one of plain TP."""
     cells = {
         name: {(r["context"], r["batch"]): r["tok/s"] for r in of(rows, "decode")}
         for name, rows in results.items()
@@ -511,7 +514,10 @@ def decode_table(results: Mapping[str, Rows], base: str | None, dpa: str | None)
     for context, batch in sorted({(r["context"], r["batch"]) for r in table_rows}):
         line: Row = {"context": context, "batch": batch}
         line |= {name: cell.get((context, batch)) for name, cell in cells.items()}
-        a, b = (cells.get(n, {}).get((context, batch)) for n in (dpa, base))
+        a, b = (
+            max((line[name] for name in names if line.get(name)), default=None)
+            for names in (dpas, bases)
+        )
         line["DPA / TP"] = a / b if a and b else None
         lines.append(line)
     return lines
@@ -576,12 +582,11 @@ def report(results: Mapping[str, Rows], args: argparse.Namespace) -> None:
     bases = [n for n, f in known.items() if f["devices"] == args.devices and f["slices"] == 1]
     dpas = [n for n, f in known.items() if f["devices"] == args.devices and f["slices"] > 1]
     singles = [n for n, f in known.items() if f["devices"] == 1 and args.devices > 1]
-    base = bases[0] if bases else None
-    compared = [n for n in known if base is not None and n != base]
+    compared = [n for n in known if n not in bases]
     tables = {
         "layouts": overview(results),
-        "decode": decode_table(results, base, dpas[0] if dpas else None),
-        "ratios": [ratios(results, base, name) for name in compared] if base else [],
+        "decode": decode_table(results, bases, dpas),
+        "ratios": [ratios(results, base, name) for base in bases for name in compared],
         "model": [
             row
             for name in dpas
@@ -592,7 +597,7 @@ def report(results: Mapping[str, Rows], args: argparse.Namespace) -> None:
     titles = {
         "layouts": f"Layouts: a device's weights and pool, all KV tokens (in memory: at "
         f"--mem-fraction-static), the largest batch at context {args.limit_context}, prefill",
-        "decode": "Decode, tokens/s by context and total batch",
+        "decode": "Decode, tokens/s by context and total batch; the fastest of DPA and of TP",
         "ratios": "Against plain tensor parallelism",
         "model": f"A decode step at context {args.check_context} against a model of it",
     }

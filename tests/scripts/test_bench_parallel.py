@@ -154,7 +154,7 @@ def test_layouts_are_compared_with_plain_tp():
     assert row["decode tok/s"] == pytest.approx(20 / 11)
     assert row["share of KV ratio"] == pytest.approx(10 / 11)
     assert (row["goal 1.9 of 2"], row["goal 0.9"]) == (False, True)
-    (line,) = decode_table(results, "tp2", "dpa")
+    (line,) = decode_table(results, ["tp2", "bad"], ["dpa"])
     assert line["DPA / TP"] == pytest.approx(0.8)
     assert (line["tp2"], line["dpa"], line["bad"]) == (500, 400, None)
     notes = [line.get("note") for line in overview(results)]
