@@ -361,6 +361,32 @@ def test_a_worker_that_hangs_and_is_unhealthy_loses_its_requests(stream, monkeyp
     run(main)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_crash_under_many_that_wait_is_one_failure(stream):
+    """Else their worker, which is back soon, is left alone for a minute."""
+
+    async def main():
+        async with workers(2) as fleet, routed(urls(fleet), cb_failure_threshold=3) as server:
+            crashed, _ = server.registry.list()
+            fleet[0].faults.hang = True
+            asked = [
+                asyncio.create_task(server.client.post(COMPLETIONS, BODY | {"stream": stream}))
+                for _ in range(20)
+            ]
+            await until(lambda: crashed.in_flight == len(fleet[0].seen) == 10)
+            await fleet[0].kill()
+            for task in asked:
+                assert len((await task).text()) == 12
+            assert crashed.breaker.state == "closed"
+            assert crashed.breaker.consecutive_failures == 1
+            # Who asks it afterwards and fails is counted.
+            for _ in range(4):
+                await server.client.post(COMPLETIONS, BODY)
+            assert crashed.breaker.state == "open"
+
+    run(main)
+
+
 def test_a_client_that_leaves_a_worker_that_hangs_leaves_nothing_behind(monkeypatch):
     """In the moment in which its request is to be taken elsewhere."""
     monkeypatch.setattr("router.proxy.STALLED_S", 0.0)
