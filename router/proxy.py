@@ -498,12 +498,7 @@ class _Exchange:
             return response, await response.read()
         except UpstreamError as error:
             failure = failure_of(error, answering=response is not None)
-            if not failure.reached:
-                outcome = Outcome.ABSENT
-            elif isinstance(error, TimedOut):
-                outcome = Outcome.FAILED
-            else:
-                outcome = self._proxy.blame(worker, self._asked_at)
+            outcome = self._outcome_of(error, worker, reached=failure.reached)
         except BaseException as error:
             if response is not None:
                 response.close()
@@ -515,6 +510,16 @@ class _Exchange:
             self._waiting = False
         self._note(ticket, failure, outcome)
         return failure
+
+    def _outcome_of(self, error: UpstreamError, worker: Worker, *, reached: bool) -> Outcome:
+        """What an exchange without an answer says of its worker."""
+        if isinstance(error, ConnectFailed) and error.own:
+            return Outcome.NEUTRAL
+        if not reached:
+            return Outcome.ABSENT
+        if isinstance(error, TimedOut):
+            return Outcome.FAILED
+        return self._proxy.blame(worker, self._asked_at)
 
     def _is_leaving(self, error: BaseException) -> bool:
         """Whether a cancellation is that of `leave_if_stalled`, which ends here."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import re
 
@@ -383,6 +384,26 @@ def test_a_crash_under_many_that_wait_is_one_failure(stream):
             for _ in range(4):
                 await server.client.post(COMPLETIONS, BODY)
             assert crashed.breaker.state == "open"
+
+    run(main)
+
+
+def test_a_router_out_of_files_blames_no_worker(monkeypatch):
+    async def full(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main():
+        async with workers(1) as fleet, routed(urls(fleet), cb_failure_threshold=2) as server:
+            assert (await server.client.post(COMPLETIONS, BODY)).status == 200
+            (worker,) = server.registry.list()
+            server.upstream.forget(worker.url)
+            monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", full)
+            reply = await server.client.post(COMPLETIONS, BODY)
+            assert (reply.status, reply.code) == (500, "call_upstream_request_error")
+            assert worker.breaker.consecutive_failures == 0
+            assert (worker.breaker.state, worker.in_flight) == ("closed", 0)
+            monkeypatch.undo()
+            assert (await server.client.post(COMPLETIONS, BODY)).status == 200
 
     run(main)
 
