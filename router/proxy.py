@@ -49,7 +49,7 @@ CLIENT_LEFT = 499
 STALLED_S = 5.0
 """A request of which an unhealthy worker has said nothing for so long is taken elsewhere."""
 MAX_REMEMBERED = 1_024
-"""Workers of which it is known when a stream broke there."""
+"""Workers of which it is known when an exchange broke there."""
 TAIL_S = 1.0
 """How long the end of an exchange may take after its last event, for the connection's sake."""
 
@@ -245,10 +245,10 @@ class Proxy:
             self.worker_unhealthy(worker)
 
     def blame(self, worker: Worker, asked_at: float) -> Outcome:
-        """What a stream that broke means for its worker.
+        """What an exchange that broke means for its worker.
 
-        A crash breaks all streams at once. That is one failure, not so many in a row: a stream
-        that ran already when another one broke says nothing new.
+        A crash breaks all exchanges at once. That is one failure, not so many in a row: one that
+        ran already when another one broke says nothing new.
         """
         if asked_at <= self._broke_at.get(worker.url, -1.0):
             return Outcome.NEUTRAL
@@ -498,17 +498,28 @@ class _Exchange:
             return response, await response.read()
         except UpstreamError as error:
             failure = failure_of(error, answering=response is not None)
+            outcome = self._outcome_of(error, worker, reached=failure.reached)
         except BaseException as error:
             if response is not None:
                 response.close()
             if not self._is_leaving(error):
                 raise
             failure = self._broken(worker.base_url, "it is unhealthy and does not answer")
+            outcome = Outcome.FAILED
         finally:
             self._waiting = False
-        outcome = Outcome.FAILED if failure.reached else Outcome.ABSENT
         self._note(ticket, failure, outcome)
         return failure
+
+    def _outcome_of(self, error: UpstreamError, worker: Worker, *, reached: bool) -> Outcome:
+        """What an exchange without an answer says of its worker."""
+        if isinstance(error, ConnectFailed) and error.own:
+            return Outcome.NEUTRAL
+        if not reached:
+            return Outcome.ABSENT
+        if isinstance(error, TimedOut):
+            return Outcome.FAILED
+        return self._proxy.blame(worker, self._asked_at)
 
     def _is_leaving(self, error: BaseException) -> bool:
         """Whether a cancellation is that of `leave_if_stalled`, which ends here."""

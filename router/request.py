@@ -137,9 +137,10 @@ class RoutedRequest:
         """
         try:
             fields = _DECODER.decode(body)
+            key = _key(fields)  # its tools are decoded only here
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise BadRequest(400, f"Failed to parse the request body as JSON: {error}") from None
-        model, key = fields.model, _key(fields)
+        model = fields.model
         salt = (model, fields.cache_salt, fields.extra_key)
         seed = hash(salt) if all(s is None or isinstance(s, str) for s in salt) else 0
         by_ids = not isinstance(key, str)

@@ -8,7 +8,9 @@ sentence when it cannot start.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import resource
 import signal
 import socket
 import ssl
@@ -24,6 +26,8 @@ from router.proxy import error_body
 
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 METRICS_BODY_BYTES = 65_536
+MAX_FILES = 1 << 20
+"""Open files that are asked for: every request needs two, and the usual limit is 1,024."""
 
 
 class StartError(RuntimeError):
@@ -51,6 +55,7 @@ class Service(Protocol):
 
 def run(config: RouterConfig, make_service: Callable[[RouterConfig], Service]) -> int:
     """Route until a signal; the process's exit code."""
+    _allow_files()
     try:
         tls = _tls(config)
         with (
@@ -133,6 +138,15 @@ def _metrics_handler(service: Service) -> Callable[[Call], Awaitable[None]]:
         call.answer(200, [(b"content-type", METRICS_TYPE)], service.metrics_page())
 
     return handle
+
+
+def _allow_files() -> None:
+    """As many open files as this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(ValueError, OSError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _tls(config: RouterConfig) -> ssl.SSLContext | None:

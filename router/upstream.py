@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 import time
@@ -31,6 +32,8 @@ BUFFER_BYTES = 65_536
 STALE_S = 1.0
 """A kept connection that breaks sooner than this after a request was closed already: the worker has
 not seen the request."""
+OWN_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS})
+"""What a connection fails with when this machine has no more files or ports."""
 IDLE_S = 30.0
 """How long an unused connection is kept."""
 SWEEP_S = 10.0
@@ -53,11 +56,12 @@ class UpstreamError(Exception):
 
 class ConnectFailed(UpstreamError):
     """No connection, or it broke before the answer began; `sent` if the worker may have seen the
-    request."""
+    request, `own` if this machine was at its limits and nobody was asked."""
 
-    def __init__(self, url: str, message: str, *, sent: bool = False) -> None:
+    def __init__(self, url: str, message: str, *, sent: bool = False, own: bool = False) -> None:
         super().__init__(url, message)
         self.sent = sent
+        self.own = own
 
 
 class Broken(UpstreamError):
@@ -208,7 +212,8 @@ class Upstream:
             raise ConnectFailed(target.url, f"no connection within {seconds:g} s") from None
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
-            raise ConnectFailed(target.url, f"cannot connect: {reason}") from None
+            own = error.errno in OWN_ERRORS
+            raise ConnectFailed(target.url, f"cannot connect: {reason}", own=own) from None
         return connection
 
     def _keep(self, connection: _Connection) -> None:

@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,6 +42,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scripts.bench_offline import SHAPES, configured
 from scripts.bench_step import Plans, device_events, run
 from scripts.benchmarking import emit, say, table
+from scripts.parallel_tables import Row, Rows, decode_table, first, modelled_ms, overview, ratios
 from serving.config import ServerConfig
 from serving.engine.engine import configure_jax, resolve_layout
 from serving.engine.runner import ModelRunner, resolve_dtype, resolve_kv_dtype
@@ -51,9 +51,6 @@ from sharding.layout import Layout
 from sharding.rules import padded_sizes
 from sharding.sources import open_source
 from sharding.step import ModelSpec, sharded
-
-Row = dict[str, Any]
-Rows = Sequence[Mapping[str, Any]]
 
 BATCHES, CONTEXTS = (16, 64, 128, 256), (1024, 4096, 8192)
 QUICK_BATCHES, QUICK_CONTEXTS = (64, 256), (1024, 8192)
@@ -455,120 +452,6 @@ def run_layout(argv: list[str], name: str, flags: str, deadline: float) -> list[
     return rows if note is None else [*rows, {"kind": "failed", "note": note}]
 
 
-def of(rows: Rows, kind: str, **wanted: Any) -> list[Mapping[str, Any]]:
-    """The rows of a kind with these entries, as far as they were measured."""
-    return [
-        row
-        for row in rows
-        if row["kind"] == kind
-        and "note" not in row
-        and all(row.get(key) == value for key, value in wanted.items())
-    ]
-
-
-def first(rows: Rows, kind: str, **wanted: Any) -> Mapping[str, Any] | None:
-    return next(iter(of(rows, kind, **wanted)), None)
-
-
-def overview(results: Mapping[str, Rows]) -> list[Row]:
-    """A line for each layout: memory, the largest batch, prefill."""
-    lines = []
-    for name, rows in results.items():
-        facts, limit = first(rows, "facts"), first(rows, "decode", why="limit")
-        prefill = first(rows, "prefill")
-        line: Row = {"layout": name}
-        if facts:
-            line |= {
-                "weights GB": facts["weight bytes"] / 1e9,
-                "KV GB": facts["KV bytes"] / 1e9,
-                "KV tokens": facts["KV tokens"],
-                "in memory": facts["KV tokens in memory"],
-            }
-        if limit:
-            line |= {"batch": limit["batch"], "ms": limit["ms"], "tok/s": limit["tok/s"]}
-            line |= {k: limit[k] for k in ("collective ms", "idle %", "imbalance %") if k in limit}
-        if prefill:
-            line["prefill tok/s"] = prefill["tok/s"]
-            if "collective ms" in prefill:
-                line["prefill collective %"] = 100 * prefill["collective ms"] / prefill["ms/step"]
-        for tokens in (row["tokens"] for row in of(rows, "exchange")):
-            line[f"us/{tokens}"] = first(rows, "exchange", tokens=tokens)["us"]
-        notes = [row["note"] for row in rows if row["kind"] == "failed"]
-        skipped = sum(row["kind"] == "skipped" for row in rows)
-        notes += [f"{skipped} rows skipped by the time limit"] if skipped else []
-        lines.append(line | ({"note": "; ".join(notes)} if notes else {}))
-    return lines
-
-
-def decode_table(results: Mapping[str, Rows], base: str | None, dpa: str | None) -> list[Row]:
-    """Tokens a second by batch and context, a column a layout; and DPA's ratio to plain TP."""
-    cells = {
-        name: {(r["context"], r["batch"]): r["tok/s"] for r in of(rows, "decode")}
-        for name, rows in results.items()
-    }
-    table_rows = [r for rows in results.values() for r in of(rows, "decode", why="table")]
-    lines = []
-    for context, batch in sorted({(r["context"], r["batch"]) for r in table_rows}):
-        line: Row = {"context": context, "batch": batch}
-        line |= {name: cell.get((context, batch)) for name, cell in cells.items()}
-        a, b = (cells.get(n, {}).get((context, batch)) for n in (dpa, base))
-        line["DPA / TP"] = a / b if a and b else None
-        lines.append(line)
-    return lines
-
-
-def modelled_ms(
-    results: Mapping[str, Rows], single: str, name: str, args: argparse.Namespace
-) -> Row | None:
-    """A layout's decode step against one made of its parts: a single device's step at the same
-    batch a slice, its experts replaced by a device's share of all slices' tokens, and exchanges.
-    None where a part was not measured."""
-    at = {"why": "check", "context": args.check_context}
-    each, devices = args.check_batch, args.devices
-    alone = first(results[single], "decode", **at, **{"each slice": each})
-    together = first(results[single], "decode", **at, **{"each slice": each * devices})
-    measured = first(results[name], "decode", **at)
-    exchange = first(results[name], "exchange", tokens=each)
-    facts = first(results[name], "facts")
-    if not (alone and together and measured and exchange and facts) or "expert ms" not in alone:
-        return None
-    parts = {
-        "single ms": alone["ms"],
-        "its experts": alone["expert ms"],
-        "share of experts": together["expert ms"] / devices,
-        "exchanges": facts["moe layers"] * exchange["us"] / 1e3,
-    }
-    model = parts["single ms"] - parts["its experts"]
-    model += parts["share of experts"] + parts["exchanges"]
-    return {
-        "layout": name,
-        "step": f"{facts['slices']}x{each}",
-        **parts,
-        "model ms": model,
-        "measured ms": measured["ms"],
-        "measured / model": measured["ms"] / model,
-    }
-
-
-def ratios(results: Mapping[str, Rows], base: str, name: str) -> Row:
-    """A layout against plain TP: KV tokens and decode throughput at the largest batches."""
-    a, b = first(results[name], "facts"), first(results[base], "facts")
-    x, y = (first(results[n], "decode", why="limit") for n in (name, base))
-    line: Row = {"layout": name, "against": base}
-    if a and b:
-        line["KV tokens"] = a["KV tokens"] / b["KV tokens"]
-        if b["KV tokens in memory"]:
-            line["in memory"] = a["KV tokens in memory"] / b["KV tokens in memory"]
-            line["goal 1.9 of 2"] = line["in memory"] / a["slices"] >= 0.95
-    if a and b and x and y:
-        line["decode tok/s"] = x["tok/s"] / y["tok/s"]
-        line["share of KV ratio"] = line["decode tok/s"] / line["KV tokens"]
-        line["goal 0.9"] = line["share of KV ratio"] >= 0.9
-        if a["capped"] or b["capped"]:
-            line["note"] = "not KV-limited: --max-batch caps it"
-    return line
-
-
 def report(results: Mapping[str, Rows], args: argparse.Namespace) -> None:
     """Tables for people, and the summary as a JSON line. Goals are stated, not enforced."""
     facts = {name: first(rows, "facts") for name, rows in results.items()}
@@ -576,23 +459,23 @@ def report(results: Mapping[str, Rows], args: argparse.Namespace) -> None:
     bases = [n for n, f in known.items() if f["devices"] == args.devices and f["slices"] == 1]
     dpas = [n for n, f in known.items() if f["devices"] == args.devices and f["slices"] > 1]
     singles = [n for n, f in known.items() if f["devices"] == 1 and args.devices > 1]
-    base = bases[0] if bases else None
-    compared = [n for n in known if base is not None and n != base]
+    compared = [n for n in known if n not in bases]
+    at = {"each": args.check_batch, "context": args.check_context, "devices": args.devices}
     tables = {
         "layouts": overview(results),
-        "decode": decode_table(results, base, dpas[0] if dpas else None),
-        "ratios": [ratios(results, base, name) for name in compared] if base else [],
+        "decode": decode_table(results, bases, dpas),
+        "ratios": [ratios(results, base, name) for base in bases for name in compared],
         "model": [
             row
             for name in dpas
-            for row in [modelled_ms(results, singles[0], name, args) if singles else None]
+            for row in [modelled_ms(results, singles[0], name, **at) if singles else None]
             if row is not None
         ],
     }
     titles = {
         "layouts": f"Layouts: a device's weights and pool, all KV tokens (in memory: at "
         f"--mem-fraction-static), the largest batch at context {args.limit_context}, prefill",
-        "decode": "Decode, tokens/s by context and total batch",
+        "decode": "Decode, tokens/s by context and total batch; the fastest of DPA and of TP",
         "ratios": "Against plain tensor parallelism",
         "model": f"A decode step at context {args.check_context} against a model of it",
     }

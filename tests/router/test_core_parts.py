@@ -275,7 +275,11 @@ def test_what_is_read_besides():
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b'{"a": \xff}']
+    "body",
+    [
+        *(b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b'{"a": \xff}'),
+        b'{"messages": [], "tools": ["\xff"]}',
+    ],
 )
 def test_what_is_no_object_is_refused(body):
     with pytest.raises(BadRequest) as caught:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import re
 
@@ -357,6 +358,52 @@ def test_a_worker_that_hangs_and_is_unhealthy_loses_its_requests(stream, monkeyp
             for task in asked:
                 assert len((await task).text()) == 12
             assert hung.in_flight == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_crash_under_many_that_wait_is_one_failure(stream):
+    """Else their worker, which is back soon, is left alone for a minute."""
+
+    async def main():
+        async with workers(2) as fleet, routed(urls(fleet), cb_failure_threshold=3) as server:
+            crashed, _ = server.registry.list()
+            fleet[0].faults.hang = True
+            asked = [
+                asyncio.create_task(server.client.post(COMPLETIONS, BODY | {"stream": stream}))
+                for _ in range(20)
+            ]
+            await until(lambda: crashed.in_flight == len(fleet[0].seen) == 10)
+            await fleet[0].kill()
+            for task in asked:
+                assert len((await task).text()) == 12
+            assert crashed.breaker.state == "closed"
+            assert crashed.breaker.consecutive_failures == 1
+            # Who asks it afterwards and fails is counted.
+            for _ in range(4):
+                await server.client.post(COMPLETIONS, BODY)
+            assert crashed.breaker.state == "open"
+
+    run(main)
+
+
+def test_a_router_out_of_files_blames_no_worker(monkeypatch):
+    async def full(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main():
+        async with workers(1) as fleet, routed(urls(fleet), cb_failure_threshold=2) as server:
+            assert (await server.client.post(COMPLETIONS, BODY)).status == 200
+            (worker,) = server.registry.list()
+            server.upstream.forget(worker.url)
+            monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", full)
+            reply = await server.client.post(COMPLETIONS, BODY)
+            assert (reply.status, reply.code) == (500, "call_upstream_request_error")
+            assert worker.breaker.consecutive_failures == 0
+            assert (worker.breaker.state, worker.in_flight) == ("closed", 0)
+            monkeypatch.undo()
+            assert (await server.client.post(COMPLETIONS, BODY)).status == 200
 
     run(main)
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -140,6 +141,23 @@ def test_a_port_in_use_is_one_sentence(flag):
                 )
 
     run(main, 60)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux only")
+def test_it_may_open_as_many_files_as_the_system_allows():
+    """The usual 1,024 are 500 streams."""
+
+    async def main():
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+        try:
+            async with process() as (child, _, _):
+                await child.stdout.readline()
+                assert resource.prlimit(child.pid, resource.RLIMIT_NOFILE)[0] == min(hard, 1 << 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    run(main)
 
 
 def test_a_wrong_flag_is_one_sentence():

@@ -10,17 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from scripts import bench_parallel
-from scripts.bench_parallel import (
-    Spread,
-    account,
-    chosen_layouts,
-    decode_table,
-    exchange_us,
-    modelled_ms,
-    overview,
-    ratios,
-    read_args,
-)
+from scripts.bench_parallel import Spread, account, chosen_layouts, exchange_us, read_args
+from scripts.parallel_tables import decode_table, modelled_ms, overview, ratios
 from serving.config import parse_args
 from tests.fixtures import DATA
 from tests.serving.engine.engines import fixture_engine
@@ -116,7 +107,7 @@ def test_a_profile_is_accounted():
 
 
 def test_a_step_is_modelled_by_its_parts():
-    args, _ = read_args([])
+    at = {"each": 64, "context": 1024, "devices": 2}
     results = {
         "one": [
             facts(1, 2, 100),
@@ -129,12 +120,12 @@ def test_a_step_is_modelled_by_its_parts():
             {"kind": "exchange", "tokens": 64, "us": 50.0},
         ],
     }
-    row = modelled_ms(results, "one", "dpa", args)
+    row = modelled_ms(results, "one", "dpa", **at)
     assert row["step"] == "2x64"
     assert row["model ms"] == pytest.approx(14 - 10 + 11 / 2 + 26 * 0.05)
     assert row["measured / model"] == pytest.approx(11 / 10.8)
     results["dpa"].pop()
-    assert modelled_ms(results, "one", "dpa", args) is None
+    assert modelled_ms(results, "one", "dpa", **at) is None
 
 
 def test_layouts_are_compared_with_plain_tp():
@@ -154,7 +145,7 @@ def test_layouts_are_compared_with_plain_tp():
     assert row["decode tok/s"] == pytest.approx(20 / 11)
     assert row["share of KV ratio"] == pytest.approx(10 / 11)
     assert (row["goal 1.9 of 2"], row["goal 0.9"]) == (False, True)
-    (line,) = decode_table(results, "tp2", "dpa")
+    (line,) = decode_table(results, ["tp2", "bad"], ["dpa"])
     assert line["DPA / TP"] == pytest.approx(0.8)
     assert (line["tp2"], line["dpa"], line["bad"]) == (500, 400, None)
     notes = [line.get("note") for line in overview(results)]

@@ -76,21 +76,24 @@ def play(layout: tuple[int, int, int], exchange: str, *, steps: int, seed: int) 
         return launch(plan)
 
     engine.runner.launch = counted_launch
-    aborted = set()
+    aborted, live = set(), set()
     for step in range(steps):
-        if not engine.has_work or draw.random() < 0.4:
+        if not live or (draw.random() < 0.4 and len(live) < 8 * engine.runner.layout.num_slices):
             for one in burst(draw, engine, prefixes, len(requests)):
                 requests[one.rid], answers[one.rid] = one, []
+                live.add(one.rid)
                 engine.add(one)
         if draw.random() < 0.1:
-            given_up = draw.choice(list(requests))
-            if engine.abort(given_up):
-                aborted.add(given_up)
-        _take(engine, answers)
+            given_up = draw.choice(sorted(live))
+            assert engine.abort(given_up)
+            aborted.add(given_up)
+            live.remove(given_up)
+        _take(engine, answers, live)
         if step % 10 == 0:
             engine.scheduler.check_integrity()
     while engine.has_work:
-        _take(engine, answers)
+        _take(engine, answers, live)
+    assert not live
     faulthandler.cancel_dump_traceback_later()
     engine.scheduler.check_integrity()
     assert all(load.used_tokens == 0 and load.running == 0 for load in engine.status())
@@ -100,10 +103,12 @@ def play(layout: tuple[int, int, int], exchange: str, *, steps: int, seed: int) 
     return happened
 
 
-def _take(engine: Engine, answers: dict[str, list[int]]) -> None:
+def _take(engine: Engine, answers: dict[str, list[int]], live: set[str]) -> None:
     faulthandler.dump_traceback_later(STEP_SECONDS, exit=True)
     for outcome in engine.step():
         answers[outcome.rid].append(outcome.token_id)
+        if outcome.finish_reason is not None:
+            live.discard(outcome.rid)
 
 
 def _check(requests: dict[str, Request], answers: dict[str, list[int]], aborted: set[str]) -> int:
