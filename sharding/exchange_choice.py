@@ -15,11 +15,11 @@ from sharding.layout import Layout
 Exchange = Literal["none", "all_to_all"]
 
 MEASURED_US: dict[Exchange, tuple[tuple[float, float], ...]] = {
-    "none": ((0.25, 29.0), (1.0, 41.0), (4.0, 71.0), (8.0, 118.0), (32.0, 381.0)),
-    "all_to_all": ((0.1875, 44.0), (0.75, 44.0), (3.0, 67.0), (24.0, 245.0)),
+    "none": ((0.25, 29.0), (1.0, 41.0), (2.0, 54.0), (4.0, 72.0), (8.0, 119.0), (32.0, 376.0)),
+    "all_to_all": ((1.4, 101.0), (2.75, 101.0), (5.4, 164.0), (20.7, 341.0)),
 }
-"""(MiB that leave a device on the way out, us there and back), ascending: two H100 over NVLink,
-bfloat16, the collectives alone."""
+"""(MiB that leave a device on the way out, us there and back), ascending: two H200 over NVLink,
+bfloat16, by scripts/bench_exchange.py. all_to_all is one round with its sorting."""
 
 ONE_ROUND_TOKENS = 256
 """Up to this many tokens all_to_all has room for every token at every destination. Beyond, how many
