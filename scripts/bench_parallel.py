@@ -40,7 +40,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scripts.bench_offline import SHAPES, configured
-from scripts.bench_step import Plans, device_events, run
+from scripts.bench_step import Plans, collective_time, covered, device_events, run
 from scripts.benchmarking import emit, say, table
 from scripts.parallel_tables import Row, Rows, decode_table, first, modelled_ms, overview, ratios
 from serving.config import ServerConfig
@@ -54,7 +54,6 @@ from sharding.step import ModelSpec, sharded
 
 BATCHES, CONTEXTS = (16, 64, 128, 256), (1024, 4096, 8192)
 QUICK_BATCHES, QUICK_CONTEXTS = (64, 256), (1024, 8192)
-COLLECTIVE = re.compile(r"nccl|all.?reduce|all.?gather|all.?to.?all|reduce.?scatter", re.I)
 EXPERTS = re.compile(r"experts_gate_up|experts_down")
 PROFILED_STEPS = 5
 EXCHANGES, EXCHANGE_LAUNCHES = 25, 8
@@ -377,27 +376,17 @@ def account(events: Sequence[tuple[str, float, float]], steps: int) -> Row:
     """
     if not events:
         return {}
-    collectives = [(start, end) for name, start, end in events if COLLECTIVE.search(name)]
-    others = [(start, end) for name, start, end in events if not COLLECTIVE.search(name)]
+    collective, exposed = collective_time(events)
     busy = covered([(start, end) for _, start, end in events])
     span = max(end for _, _, end in events) - events[0][1]
     per_step = 1e-6 / steps
     return {
         "busy ms": per_step * busy,
         "idle %": 100 * (1 - busy / span),
-        "collective ms": per_step * covered(collectives),
-        "exposed collective ms": per_step * (busy - covered(others)),
+        "collective ms": per_step * collective,
+        "exposed collective ms": per_step * exposed,
         "expert ms": per_step * sum(e - s for name, s, e in events if EXPERTS.search(name)),
     }
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of (start, end), ordered by start."""
-    total, reached = 0.0, float("-inf")
-    for start, end in spans:
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def measure_layout(args: argparse.Namespace, engine_flags: list[str]) -> int:

@@ -47,7 +47,8 @@ DECODES = "1x1024,8x1024,32x1024,64x1024,128x1024,256x1024,64x4096,128x4096"
 PREFILLS = "16x2048,4x8000,1x2048"
 BANDWIDTH, FLOPS = 3.0e12, 989e12
 """Of an H100: measured copy, counting bytes read and written; bf16 matrix products by its sheet."""
-COLLECTIVE = re.compile("nccl", re.IGNORECASE)
+COLLECTIVE = re.compile(r"nccl|all.?reduce|all.?gather|all.?to.?all|reduce.?scatter", re.I)
+"""In the names of kernels: NCCL's, and those that XLA has itself."""
 
 
 # ---- the floors ----------------------------------------------------------------------------------
@@ -201,27 +202,26 @@ def device_events(folder: str, device: int = 0) -> list[tuple[str, float, float]
     return sorted(events, key=lambda event: event[1])
 
 
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of (start, end), ordered by start."""
+    total, reached = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
 def collective_time(events: Sequence[tuple[str, float, float]]) -> tuple[float, float]:
-    """ns in collectives (NCCL's kernels), and of these the ns in which no other kernel runs.
+    """ns in collectives, and of these the ns in which no other kernel runs.
 
     Args:
         events: (kernel, start, end) in ns of one device, by start. Waiting for other devices is
             part of a collective; several at once count once.
     """
-    # Sweep over starts and ends: how many collectives and how many other kernels run in between.
-    edges = []
-    for name, start, end in events:
-        kind = "collective" if COLLECTIVE.match(name) else "other"
-        edges += [(start, 1, kind), (end, -1, kind)]
-    running = {"collective": 0, "other": 0}
-    total = exposed = at = 0.0
-    for time_ns, change, kind in sorted(edges, key=lambda edge: edge[0]):
-        if running["collective"]:
-            total += time_ns - at
-            exposed += 0.0 if running["other"] else time_ns - at
-        running[kind] += change
-        at = time_ns
-    return total, exposed
+    collectives = [(start, end) for name, start, end in events if COLLECTIVE.search(name)]
+    others = [(start, end) for name, start, end in events if not COLLECTIVE.search(name)]
+    busy = covered([(start, end) for _, start, end in events])
+    return covered(collectives), busy - covered(others)
 
 
 def profile(runner: ModelRunner, plans: Sequence[StepPlan], top: int) -> dict[str, Any]:
@@ -234,16 +234,14 @@ def profile(runner: ModelRunner, plans: Sequence[StepPlan], top: int) -> dict[st
     if not events:
         return {}
     n = len(plans)
-    busy, end = 0.0, events[0][1]
     by_name: Counter[str] = Counter()
     count: Counter[str] = Counter()
     for name, start, stop in events:
         name = re.sub(r"[._]\d+", "", name)
         by_name[name] += stop - start
         count[name] += 1
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    span = end - events[0][1]
+    busy = covered([(start, stop) for _, start, stop in events])
+    span = max(stop for _, _, stop in events) - events[0][1]
     collective, exposed = collective_time(events)
     collectives = {}
     if collective:
