@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from serving.config import ServerConfig
 from serving.engine.buckets import Buckets, make_buckets
-from serving.engine.memory import CPU_POOL_BYTES, pages_for, pages_in, pool_bytes, tokens_in
+from serving.engine.memory import (
+    CPU_POOL_BYTES,
+    pages_for,
+    pages_in,
+    pool_bytes,
+    step_bytes,
+    tokens_in,
+)
 from serving.engine.runner import longest_context, resolve_dtype, resolve_kv_dtype
 from sharding.layout import Layout, make_layout
 from sharding.sources import WeightSource
@@ -24,10 +31,11 @@ PAYS = 1.1
 
 
 def working_bytes(config: ModelConfig, layout: Layout, buckets: Buckets, itemsize: int) -> int:
-    """A guess of what the largest program needs beside weights and pool.
+    """A guess of what steps need beside weights and pool.
 
-    Counted as if all of these lived at once: a layer's activations at the widest places, the rows
-    that other slices send for the experts, and the sampler's logits.
+    What lives between programs is exact. The largest program's temporaries are guessed as if all
+    of these lived at once: a layer's activations at the widest places, the rows that other slices
+    send for the experts, and a copy of the sampler's logits.
     """
     rows = buckets.slots + buckets.prefill_tokens
     attn_tp = layout.size(layout.attn_tp)
@@ -42,7 +50,9 @@ def working_bytes(config: ModelConfig, layout: Layout, buckets: Buckets, itemsiz
         width = -(-config.moe_intermediate_size // layout.size(layout.moe_tp))
         total += itemsize * (3 * everywhere * config.hidden_size)
         total += itemsize * routed * (3 * width + config.hidden_size)
-    return total + 3 * 4 * buckets.sampled_rows[0] * config.vocab_size
+    total += 4 * buckets.sampled_rows[0] * config.vocab_size
+    width, vocab = config.hidden_size, config.vocab_size
+    return total + step_bytes(buckets, vocab=vocab, width=width, itemsize=itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,13 @@ only: what programs need for temporaries, which is known once they are compiled.
 
 from __future__ import annotations
 
+import math
+
+import jax
+
+from serving.engine.buckets import Buckets
+from serving.engine.sampling_state import abstract_state
+
 CPU_POOL_BYTES = 256 << 20
 """KV pool of an emulated device, which has no memory of its own to measure."""
 MAX_POOL_BYTES = 1 << 40
@@ -27,6 +34,32 @@ def tokens_in(pages: int, page_size: int) -> int:
 def pages_in(pool_bytes: int, page_bytes: int) -> int:
     """Pages, the sink among them, that fit into a device's bytes; 0 if none do."""
     return max(0, pool_bytes // page_bytes)
+
+
+def mask_words(vocab: int) -> int:
+    """int32 numbers that hold a bit for every token of a vocabulary."""
+    return -(-vocab // 32)
+
+
+def step_bytes(buckets: Buckets, *, vocab: int, width: int, itemsize: int) -> int:
+    """Bytes that live on a device beside weights, pool and temporaries.
+
+    These are the sampling state, what one step hands from program to program, twice since two
+    steps are in flight, a mask of each size, and one more that is uploaded.
+
+    Args:
+        vocab: tokens of the vocabulary; width: D, the model's.
+        itemsize: bytes of a number of the hidden rows.
+    """
+    state = sum(_nbytes(part) for part in abstract_state(buckets.slots, vocab))
+    sampled = buckets.sampled_rows
+    logits, hidden = 4 * sampled[0] * vocab, buckets.prefill_tokens * width * itemsize
+    masks = 4 * (sum(sampled) + sampled[0]) * mask_words(vocab)
+    return state + 2 * (logits + hidden) + masks
+
+
+def _nbytes(array: jax.ShapeDtypeStruct) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def pool_bytes(limit: int, *, weights: int, working: int) -> int:

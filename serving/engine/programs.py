@@ -25,6 +25,7 @@ from model.batch import sampled_rows
 from model.ops.kernels import Kernels
 from serving.engine.batch_builder import Column, Packing, sampling_batch
 from serving.engine.buckets import Buckets, Shape
+from serving.engine.memory import mask_words, step_bytes
 from serving.engine.outputs import pack_tokens
 from serving.engine.sampler import adjust, greedy, logprobs_of, sample, top_logprobs
 from serving.engine.sampling_state import (
@@ -99,7 +100,7 @@ class ProgramFactory:
         self.kernels, self.threshold = kernels, threshold
         self.page_size, self.kv_dtype = page_size, kv_dtype
         self.vocab = spec.config.vocab_size
-        self.mask_words = -(-self.vocab // 32)
+        self.mask_words = mask_words(self.vocab)
         self.most_sampled = buckets.sampled_rows[0]
         self._comm = comm
         self._by_slice = PartitionSpec(spec.layout.attn_dp)
@@ -134,13 +135,9 @@ class ProgramFactory:
         return [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params]
 
     def step_bytes(self) -> int:
-        """Bytes that live on a device beside weights, pool and temporaries: the state, what one
-        step hands from program to program, and two masks."""
-        rows = self.most_sampled
-        in_flight = [self._logits(rows), self._hidden()] * 2  # two steps
-        arrays = [*self.state, *in_flight]
-        arrays += [self.masks(rows) for rows in self.buckets.sampled_rows] + [self.masks(rows)]
-        return sum(a.size // self._num_slices * a.dtype.itemsize for a in arrays)
+        """See `memory.step_bytes`."""
+        width, itemsize = self.spec.config.hidden_size, self.spec.dtype.itemsize
+        return step_bytes(self.buckets, vocab=self.vocab, width=width, itemsize=itemsize)
 
     # ---- lowering --------------------------------------------------------------------------
 

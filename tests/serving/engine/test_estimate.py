@@ -15,9 +15,11 @@ from scripts.bench_offline import SHAPES
 from serving.config import ConfigError, ServerConfig, parse_args
 from serving.engine import estimate as estimates
 from serving.engine import runner as runners
+from serving.engine.buckets import make_buckets
 from serving.engine.dry_run import dry_run
 from serving.engine.engine import make_engine
 from serving.engine.estimate import describe, estimate, worth
+from serving.engine.memory import step_bytes
 from sharding.layout import make_layout
 from sharding.sources import open_source
 from sharding.step import ModelSpec
@@ -81,6 +83,16 @@ def test_weights_and_pages_are_those_of_the_engine(name, layout, kv, monkeypatch
         runner.buckets.slots,
         runner.model.max_position_embeddings,
     )
+
+
+def test_what_lives_between_programs_is_counted():
+    """As `ProgramFactory.step_bytes` counts it; a guess of temporaries comes on top."""
+    flags = {"decode_buckets": (64,), "extend_buckets": (1,)}
+    found = estimated("qwen3", (1, 1, 1), **flags)
+    config = ServerConfig(**flags)
+    buckets = make_buckets(config, platform="cpu", num_slices=1, max_context=found.context)
+    sizes = {"vocab": found.config.vocab_size, "width": found.config.hidden_size}
+    assert found.working > step_bytes(buckets, **sizes, itemsize=4)
 
 
 def test_tokens_asked_for_are_pages_and_the_sink():
