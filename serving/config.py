@@ -30,6 +30,8 @@ ATTENTION_ALIASES = ("triton", "flashmla", "cutlass_mla", "fa3", "flashinfer")
 GRAMMAR_BACKENDS = ("llguidance", "none")
 
 MAX_GRACE_S = 86400
+MAX_MEMORY_GIB = 1 << 20
+"""No device has more; a larger --device-memory-gib is a slip of the finger."""
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@,\s]+")
 SECRETS = ("api_key", "admin_api_key")
 """Fields that no answer, log or error text shows."""
@@ -168,9 +170,10 @@ class ServerConfig:
                 f"--shutdown-grace-period-secs must be between 0 and {MAX_GRACE_S}, got "
                 f"{self.shutdown_grace_period_secs}."
             )
-        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
+        if self.device_memory_gib is not None and not 0 < self.device_memory_gib <= MAX_MEMORY_GIB:
             raise ConfigError(
-                f"--device-memory-gib must be positive, got {self.device_memory_gib}."
+                f"--device-memory-gib must be positive and at most {MAX_MEMORY_GIB}, got "
+                f"{self.device_memory_gib}."
             )
         self._check_overlap()
         self._check_access()
@@ -742,6 +745,12 @@ def parse_args(argv: list[str]) -> ServerConfig:
                 f"--moe-dispatch-dtype {args['moe_dispatch_dtype']} needs --dp-size > 1 or "
                 "--moe-a2a-backend all_to_all: no token is sent to an expert otherwise."
             )
+    if not args["enable_two_batch_overlap"]:
+        warnings += [
+            f"--{name.replace('_', '-')} has no effect without --enable-two-batch-overlap."
+            for name in given
+            if name.startswith("tbo_")
+        ]
     one_group = given.get("ep_size", 1) == 1 and not all_devices
     if given.get("moe_a2a_backend") == "all_to_all" and one_group:
         raise ConfigError(

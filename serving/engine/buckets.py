@@ -45,6 +45,10 @@ class Shape:
     prefixes: bool = True
 
     @property
+    def rows(self) -> int:
+        return self.decode_rows + self.prefill_rows
+
+    @property
     def sampled_rows(self) -> int:
         return self.decode_rows + self.chunks
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 
 from serving.config import ServerConfig
-from serving.engine.engine import EMULATED_DEVICES
+from serving.engine.engine import EMULATED_DEVICES, widest_layout
 from serving.engine.estimate import GIB, describe, estimate
 from sharding.layout import make_layout
 from sharding.sources import open_source
@@ -38,8 +38,7 @@ def dry_run(config: ServerConfig) -> list[str]:
     if memory is not None:
         memory = int(memory * config.mem_fraction_static)
     if config.all_devices:
-        devices = len(gpus) or EMULATED_DEVICES
-        layout = make_layout(devices, devices, devices)
+        layout = widest_layout(config, len(gpus) or EMULATED_DEVICES)
     else:
         layout = make_layout(config.tp_size, config.dp_size, config.ep_size)
     # A dummy source reads no weights: FP8 is told by the configuration.

@@ -343,7 +343,15 @@ def resolve_layout(config: ServerConfig) -> Layout:
     """
     if not config.all_devices:
         return make_layout(config.tp_size, config.dp_size, config.ep_size)
-    devices = len(jax.devices())
+    return widest_layout(config, len(jax.devices()))
+
+
+def widest_layout(config: ServerConfig, devices: int) -> Layout:
+    """DPA and EP over every one of so many devices.
+
+    Raises:
+        LayoutError: the flags ask for an exchange, and one device has nobody to exchange with.
+    """
     for flag, value, needing in (
         ("--moe-a2a-backend", config.moe_a2a_backend, "all_to_all"),
         ("--moe-dispatch-dtype", config.moe_dispatch_dtype, "fp8_e4m3"),
@@ -465,7 +473,8 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
         "load_seconds": round(runner.load_seconds, 2),
         "compile_seconds": round(runner.compile_seconds, 2),
     }
-    exchange = " or ".join(dict.fromkeys(runner.exchanges.values())) or "none"
+    names = ", ".join(runner.exchanges.values()).split(", ")
+    exchange = " or ".join(dict.fromkeys(names)) or "none"
     line = (
         f"{layout.num_devices} x {device.device_kind}, {layout}, expert exchange {exchange}, "
         f"{runner.dtype}, weights "

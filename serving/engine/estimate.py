@@ -20,7 +20,7 @@ from serving.engine.memory import (
     step_bytes,
     tokens_in,
 )
-from serving.engine.runner import longest_context, resolve_dtype, resolve_kv_dtype
+from serving.engine.runner import check_exchange, longest_context, resolve_dtype, resolve_kv_dtype
 from sharding.layout import Layout, make_layout
 from sharding.sources import WeightSource
 from sharding.step import ModelSpec, page_bytes
@@ -103,8 +103,12 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether a pool is left at all (True where memory is unknown)."""
-        return self.pages is None or self.pages >= 2
+        """Whether a pool is left at all, or the one asked for is not larger than what weights
+        leave (True where memory is unknown)."""
+        if self.pages is None:
+            return True
+        pool = self.pages * self.page_bytes
+        return self.pages >= 2 and (self.memory is None or self.weights + pool <= self.memory)
 
 
 def estimate(
@@ -125,6 +129,7 @@ def estimate(
         ConfigError: flags that no engine could start with.
     """
     model = source.config
+    check_exchange(config, model, layout)
     dtype = resolve_dtype(config.dtype, platform)
     kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
     spec = ModelSpec(model, dtype, layout, source.fp8)
@@ -136,7 +141,7 @@ def estimate(
     working = working_bytes(model, layout, buckets, dtype.itemsize)
     pages: int | None
     if config.max_total_tokens is not None:
-        pages = pages_for(config.max_total_tokens, config.page_size)
+        pages = pages_for(config.max_total_tokens, config.page_size, page)
     elif platform == "cpu":
         pages = pages_in(CPU_POOL_BYTES, page)
     elif memory is not None:
@@ -200,19 +205,21 @@ def describe(e: Estimate, name: str) -> list[str]:
 def _describe_kv(e: Estimate) -> list[str]:
     """Lines on KV tokens and the batch, or on why there are none."""
     token = e.page_bytes / e.page_size
-    if e.kv_tokens is None:
+    if e.kv_tokens is None or e.pages is None:
         return [
             f"  KV cache      {token:,.0f} bytes a token and device; how many tokens depends on "
             "the device's memory (--device-memory-gib)"
         ]
     if not e.fits:
         have = "" if e.memory is None else f" of {size(e.memory)} that it may use"
+        beside, need = "programs", e.working
+        if e.kv_tokens:
+            beside, need = f"a pool of {e.kv_tokens:,} tokens", e.pages * e.page_bytes
         return [
-            f"  KV cache      does not fit: weights and programs take about "
-            f"{size(e.weights + e.working)} a device{have}"
+            f"  KV cache      does not fit: weights and {beside} take about "
+            f"{size(e.weights + need)} a device{have}"
         ]
     slices, tokens = e.layout.num_slices, e.kv_tokens
-    assert e.pages is not None
     each = min(e.context, tokens)
     lines = [
         f"  KV cache      {tokens:,} tokens in each of {slices} slices, {tokens * slices:,} in all "

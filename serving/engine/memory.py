@@ -10,6 +10,7 @@ import math
 
 import jax
 
+from serving.config import ConfigError
 from serving.engine.buckets import Buckets
 from serving.engine.sampling_state import abstract_state
 
@@ -21,9 +22,18 @@ ACCELERATOR_SLACK_BYTES = 256 << 20
 """Left free beside weights, programs and pool: batches in flight, fragmentation."""
 
 
-def pages_for(tokens: int, page_size: int) -> int:
-    """Pages of a pool that holds so many tokens, and the sink."""
-    return -(-tokens // page_size) + 1
+def pages_for(tokens: int, page_size: int, page_bytes: int) -> int:
+    """Pages of a pool that holds the --max-total-tokens asked for, and the sink.
+
+    Raises:
+        ConfigError: no device holds such a pool.
+    """
+    pages = -(-tokens // page_size) + 1
+    if pages * page_bytes > MAX_POOL_BYTES or pages >= 1 << 31:
+        raise ConfigError(
+            f"--max-total-tokens {tokens} would take {pages * page_bytes >> 30} GiB on each device."
+        )
+    return pages
 
 
 def tokens_in(pages: int, page_size: int) -> int:

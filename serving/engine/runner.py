@@ -28,7 +28,6 @@ from serving.engine.buckets import Shape, make_buckets
 from serving.engine.implementations import choose_kernels
 from serving.engine.memory import (
     CPU_POOL_BYTES,
-    MAX_POOL_BYTES,
     pages_for,
     pages_in,
     pool_bytes,
@@ -161,11 +160,7 @@ class ModelRunner:
         started = time.perf_counter()
         self.config, self.model, self.layout = config, source.config, layout
         model = source.config
-        if config.moe_dispatch_dtype != "auto" and not model.num_experts:
-            raise ConfigError(
-                f"--moe-dispatch-dtype {config.moe_dispatch_dtype}: a {model.model_type} model of "
-                "this size has no experts."
-            )
+        check_exchange(config, model, layout)
         self.mesh = make_mesh(layout)
         self.platform = self.mesh.devices.flat[0].platform
         self.dtype = resolve_dtype(config.dtype, self.platform)
@@ -173,7 +168,6 @@ class ModelRunner:
         self.spec = ModelSpec(model, self.dtype, layout, source.fp8)
         self.page_size = config.page_size
         self._by_slice = by_slice(self.mesh, layout)
-        self._check_overlap()
         self.kernels = choose_kernels(
             config,
             model,
@@ -203,7 +197,7 @@ class ModelRunner:
         )
         if self.exchanges:
             log.info(
-                "expert exchange: %s", ", ".join(f"{s} {e}" for s, e in self.exchanges.items())
+                "expert exchange: %s", "; ".join(f"{s}: {e}" for s, e in self.exchanges.items())
             )
         self._factory = ProgramFactory(
             self.spec,
@@ -323,20 +317,6 @@ class ModelRunner:
 
     # ---- setting up ------------------------------------------------------------------------
 
-    def _check_overlap(self) -> None:
-        """Refuse two-batch overlap where nothing is exchanged.
-
-        Raises:
-            ConfigError: the model has no experts, or every device has all tokens anyway.
-        """
-        if not self.config.enable_two_batch_overlap:
-            return
-        asked = "--enable-two-batch-overlap has nothing to overlap here: "
-        if not self.model.num_experts:
-            raise ConfigError(f"{asked}this model has no experts to exchange tokens with.")
-        if self.layout.num_slices == 1 and self.config.moe_a2a_backend != "all_to_all":
-            raise ConfigError(f"{asked}with one dp slice no tokens are exchanged.")
-
     def _log_overlap(self) -> None:
         if not self.config.enable_two_batch_overlap:
             return
@@ -373,16 +353,18 @@ class ModelRunner:
 
     @property
     def exchanges(self) -> dict[str, str]:
-        """The expert exchange of each forward program, by the program's name."""
-        k, width = self.model.num_experts_per_token, self.model.hidden_size
+        """The expert exchange of each forward program, by the program's name; "A, B" where the two
+        micro-batches of two-batch overlap take different ones."""
         if not self.model.num_experts or self.layout.num_devices == 1:
             return {}
-        return {
-            str(shape): self.comm.exchange_for(
-                shape.decode_rows + shape.prefill_rows, k, width, self.dtype.itemsize
-            )
-            for shape in self.buckets.shapes()
-        }
+
+        def chosen(shape: Shape) -> str:
+            k, width = self.model.num_experts_per_token, self.model.hidden_size
+            parts = (shape.cut, shape.rows - shape.cut) if shape.cut else (shape.rows,)
+            of = [self.comm.exchange_for(n, k, width, self.dtype.itemsize) for n in parts]
+            return ", ".join(dict.fromkeys(of))
+
+        return {str(shape): chosen(shape) for shape in self.buckets.shapes()}
 
     def _zeros(
         self, shape: Sequence[int], dtype: Any, spec: PartitionSpec | None = None
@@ -403,13 +385,7 @@ class ModelRunner:
     def _size_pool(self, context: int) -> int:
         """Pages of each slice's pool: the flag, or what the device's memory allows."""
         if self.config.max_total_tokens is not None:
-            pages = pages_for(self.config.max_total_tokens, self.page_size)
-            if pages * self.page_bytes > MAX_POOL_BYTES or pages >= 1 << 31:
-                raise ConfigError(
-                    f"--max-total-tokens {self.config.max_total_tokens} would take "
-                    f"{pages * self.page_bytes >> 30} GiB on each device."
-                )
-            return pages
+            return pages_for(self.config.max_total_tokens, self.page_size, self.page_bytes)
         budget = CPU_POOL_BYTES if self.platform == "cpu" else self._free_bytes(context)
         pages = pages_in(budget, self.page_bytes)
         if pages < 2:
@@ -509,6 +485,26 @@ def _random_pool(kv: jax.Array, seed: jax.Array, *, dtype: Any) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(kv, drawn, first, axis=2)
 
     return jax.lax.fori_loop(0, -(-kv.shape[2] // block[2]), fill, kv)
+
+
+def check_exchange(config: ServerConfig, model: ModelConfig, layout: Layout) -> None:
+    """Refuse flags about the expert exchange where nothing is exchanged.
+
+    Raises:
+        ConfigError: the model has no experts, or every device has all tokens anyway.
+    """
+    backend, dtype = config.moe_a2a_backend, config.moe_dispatch_dtype
+    overlap = "--enable-two-batch-overlap has nothing to overlap here: "
+    no_experts = f"a {model.model_type} model of this size has no experts to exchange tokens with."
+    if not model.num_experts:
+        if dtype != "auto":
+            raise ConfigError(f"--moe-dispatch-dtype {dtype}: {no_experts}")
+        if backend == "all_to_all":
+            raise ConfigError(f"--moe-a2a-backend {backend}: {no_experts}")
+        if config.enable_two_batch_overlap:
+            raise ConfigError(overlap + no_experts)
+    if config.enable_two_batch_overlap and layout.num_slices == 1 and backend != "all_to_all":
+        raise ConfigError(f"{overlap}with one dp slice no tokens are exchanged.")
 
 
 def longest_context(config: ServerConfig, model: ModelConfig) -> int:

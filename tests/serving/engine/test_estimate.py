@@ -13,6 +13,7 @@ import pytest
 from model.config import ModelConfig
 from scripts.bench_offline import SHAPES
 from serving.config import ConfigError, ServerConfig, parse_args
+from serving.engine import dry_run as dry_runs
 from serving.engine import estimate as estimates
 from serving.engine import runner as runners
 from serving.engine.buckets import make_buckets
@@ -20,7 +21,7 @@ from serving.engine.dry_run import dry_run
 from serving.engine.engine import make_engine
 from serving.engine.estimate import describe, estimate, worth
 from serving.engine.memory import step_bytes
-from sharding.layout import make_layout
+from sharding.layout import LayoutError, make_layout
 from sharding.sources import open_source
 from sharding.step import ModelSpec
 from tests.fixtures import DATA
@@ -160,6 +161,9 @@ def test_a_dry_run_says_what_does_not_fit_or_is_not_known(v3):
     lines = "\n".join(dry_run(parse_args([*argv, "--device-memory-gib", "80"])))
     assert "does not fit: weights and programs take about" in lines
     assert "of 72.00 GiB that it may use" in lines
+    flags = ["--device-memory-gib", "141", "--max-total-tokens", "10000000"]
+    lines = "\n".join(dry_run(parse_args([*argv, *flags])))
+    assert "does not fit: weights and a pool of 10,000,000 tokens take about 734." in lines
 
 
 def test_the_command_touches_no_device(v3):
@@ -196,6 +200,29 @@ def test_a_dry_run_refuses_as_a_launch_does(v3):
     assert "--context-length 999999 is longer than the model's 163840" in done.stderr
     with pytest.raises(ConfigError, match="goes with --dry-run"):
         parse_args(["--device-memory-gib", "80"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--enable-two-batch-overlap"], "llama model of this size has no experts"),
+        (["--moe-a2a-backend", "all_to_all"], "llama model of this size has no experts"),
+        (["--moe-dispatch-dtype", "fp8"], "llama model of this size has no experts"),
+        (["--max-total-tokens", "99999999999999"], "--max-total-tokens 99999999999999 would take"),
+        (["--device-memory-gib", "inf"], "must be positive and at most 1048576, got inf"),
+    ],
+)
+def test_a_dry_run_refuses_what_an_engine_would(flags, sentence):
+    layout = ["--tp", "2", "--dp-size", "2", "--ep", "2", "--enable-dp-attention"]
+    with pytest.raises(ConfigError) as error:
+        dry_run(parse_args(["--model-path", str(DATA / "llama"), "--dry-run", *layout, *flags]))
+    assert sentence in str(error.value)
+
+
+def test_every_gpu_of_a_machine_with_one_has_nobody_to_exchange_with(monkeypatch):
+    monkeypatch.setattr(dry_runs, "gpu_memories", lambda: [80 * GIB])
+    with pytest.raises(LayoutError, match="all_to_all needs more than one device"):
+        dry_run(parse_args(["--dry-run", "--moe-a2a-backend", "all_to_all"]))
 
 
 def test_a_launch_logs_the_estimate_before_loading(caplog):

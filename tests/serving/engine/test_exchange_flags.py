@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from serving.config import ConfigError, parse_args
-from serving.engine.engine import XLA_FLAGS_OF_MESHES, xla_flags
+from serving.engine.engine import XLA_FLAGS_OF_MESHES, describe, xla_flags
+from sharding import comm
 from tests.serving.engine.engines import finish, fixture_engine, request
 
 DPA = ["--tp", "8", "--dp-size", "8", "--ep", "8", "--enable-dp-attention"]
@@ -54,9 +55,36 @@ def test_what_is_refused(flags, sentence):
     assert sentence in str(error.value)
 
 
-def test_a_model_without_experts_takes_no_float8_dispatch():
+@pytest.mark.parametrize("flags", [{"moe_dispatch_dtype": "fp8_e4m3"}, {"exchange": "all_to_all"}])
+def test_a_model_without_experts_exchanges_nothing(flags):
     with pytest.raises(ConfigError, match="no experts"):
-        fixture_engine("llama", tp=2, dp=2, moe_dispatch_dtype="fp8_e4m3")
+        fixture_engine("llama", tp=2, dp=2, ep=2, **flags)
+
+
+def test_micro_batches_choose_by_their_own_rows(monkeypatch):
+    """All of a cut program's rows would take all_to_all, and neither half of them does."""
+
+    def choice(layout, tokens, k, row_bytes):
+        return "all_to_all" if tokens > 6 else "none"
+
+    monkeypatch.setattr(comm, "choose_exchange", choice)
+    flags = {"decode_buckets": (2, 10, 20), "extend_buckets": (8,)}
+    overlap = {"enable_two_batch_overlap": True, "tbo_min_decode_rows": 10}
+    runner = fixture_engine(tp=2, dp=2, ep=2, exchange="auto", **flags, **overlap).runner
+    assert runner.exchanges == {
+        "extend 8 beside 20": "all_to_all",
+        "decode 20": "all_to_all",
+        "decode 10": "none",
+        "decode 2": "none",
+    }
+    assert "expert exchange all_to_all or none, " in describe(runner)[0]
+
+
+def test_sizes_of_two_batch_overlap_mean_nothing_without_it():
+    flags = ["--tbo-min-decode-rows", "8"]
+    (warning,) = parse_args([*DPA, *flags]).warnings
+    assert warning == "--tbo-min-decode-rows has no effect without --enable-two-batch-overlap."
+    assert not parse_args([*DPA, *flags, "--enable-two-batch-overlap"]).warnings
 
 
 def test_the_users_options_of_xla_win():

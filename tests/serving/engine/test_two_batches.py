@@ -152,7 +152,7 @@ def test_an_exchange_over_one_slice_may_be_overlapped():
 
 
 def test_a_model_without_experts_is_refused():
-    with pytest.raises(ConfigError, match="this model has no experts"):
+    with pytest.raises(ConfigError, match="model of this size has no experts"):
         fixture_engine("llama", tp=2, dp=2, enable_two_batch_overlap=True)
 
 
