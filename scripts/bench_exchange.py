@@ -46,6 +46,7 @@ from sharding.step import sharded
 
 Options = tuple[str, tuple[tuple[str, str | bool], ...]]
 """A set of options of XLA: what it is called here, and (option, value) of each."""
+DISPATCH, SUMS = ("auto", "fp8_e4m3"), ("fast", "in_order")
 COMPILE_THREADS = 8
 MOST_TOKENS = 400_000
 """Tokens of a slice in one run: larger exchanges repeat less often."""
@@ -296,12 +297,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     args.xla = args.xla or [("default", ())]
-    unknown = set(args.exchanges) - set(EXCHANGES)
     try:
-        if unknown:
-            raise ConfigError(
-                f"--exchanges: {', '.join(unknown)} is none of {', '.join(EXCHANGES)}."
-            )
+        for flag, given, known in (
+            ("--exchanges", args.exchanges, EXCHANGES),
+            ("--dispatch", args.dispatch, DISPATCH),
+            ("--sums", args.sums, SUMS),
+        ):
+            if unknown := sorted(set(given) - set(known)):
+                raise ConfigError(f"{flag}: {', '.join(unknown)} is none of {', '.join(known)}.")
         config = ServerConfig(tp_size=args.tp, dp_size=args.dp, ep_size=args.ep, device=args.device)
         configure_jax(config)
         bench = Bench(args, config)

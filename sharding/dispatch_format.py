@@ -16,6 +16,8 @@ from model.quantization import FP8, FP8_MAX, saturating_cast
 
 BLOCK = 128
 """Numbers of a token that share a factor."""
+SMALLEST = FP8_MAX * float(jnp.finfo(jnp.float32).tiny)
+"""Below, a block's factor would be a subnormal number, which devices take for 0."""
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -72,13 +74,13 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     A block's largest magnitude m becomes 448. What comes back differs by at most
     max(|x| / 16, m / 448 * 2^-10): half a step of three mantissa bits, or half the smallest
-    number there is.
+    number there is. A block whose factor would be too small for float32 (m < 6e-36) becomes 0.
     """
     tokens, width = x.shape
     blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -width % BLOCK)))
     blocks = blocks.reshape(tokens, -1, BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
-    scale = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
+    scale = jnp.where(largest > SMALLEST, largest / FP8_MAX, 1.0)
     data = saturating_cast(blocks / scale[..., None], FP8)
     return data.reshape(tokens, -1)[:, :width], scale
 

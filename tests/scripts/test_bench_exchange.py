@@ -38,7 +38,12 @@ def test_sets_of_options_are_compiled_each(capsys):
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
-    [(["--exchanges", "deepep"], "deepep"), (["--experts", "12"], "multiple of 8")],
+    [
+        (["--exchanges", "deepep"], "deepep"),
+        (["--dispatch", "auto,fp8"], "--dispatch: fp8 is none of auto, fp8_e4m3"),
+        (["--sums", "exact"], "--sums: exact is none of fast, in_order"),
+        (["--experts", "12"], "multiple of 8"),
+    ],
 )
 def test_what_cannot_be_measured_is_one_sentence(capsys, flags, sentence):
     assert bench_exchange.main([*SMALL, *MESH, *flags]) == 2

@@ -1,5 +1,6 @@
 """Tokens travel whole, and as float8 within the bound that is promised."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,6 +47,14 @@ def test_rows_of_zeros_are_no_tokens():
     assert (ids == -1).all()
     assert not weights.any()
     assert not x.any()
+
+
+@pytest.mark.parametrize("largest", [1e-30, 1e-36, 1e-38, 1e-42])
+def test_a_block_of_tiny_numbers_stays_finite(largest):
+    """Never a division by a factor that a device takes for 0."""
+    x = jnp.asarray([[largest, 0.0, -largest / 2]], jnp.float32)
+    got = np.asarray(dequantize(*jax.jit(quantize)(x), jnp.float32))
+    np.testing.assert_allclose(got, x, rtol=1 / 16, atol=6e-36)
 
 
 @pytest.mark.parametrize("width", [8, 128, 200, 512])

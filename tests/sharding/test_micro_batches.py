@@ -7,6 +7,7 @@ import pytest
 
 from model.batch import ForwardBatch, MicroBatch, micro_batches
 from model.ops.kernels import XLA
+from sharding import expert_exchange
 from tests.fixtures import LOGIT_TOLERANCE, load_fixture
 from tests.harness import KERNELS, MeshModel, SliceRows
 
@@ -72,15 +73,19 @@ def one_batch():
 
 
 @pytest.mark.parametrize(
-    ("layout", "exchange", "cut"),
+    ("layout", "exchange", "cut", "rows_of_a_round"),
     [
-        ((2, 2, 2), "none", 1),  # between the two decode rows
-        ((8, 8, 8), "all_to_all", 71),  # inside a chunk
-        ((8, 4, 8), "all_to_all", 71),
-        ((8, 2, 8), "none", 71),
+        ((2, 2, 2), "none", 1, None),  # between the two decode rows
+        ((8, 8, 8), "all_to_all", 71, None),  # inside a chunk
+        ((8, 4, 8), "all_to_all", 71, 5),  # each half in as many rounds as it needs
+        ((8, 2, 8), "none", 71, None),
     ],
 )
-def test_logits_and_expert_counts_are_those_of_one_batch(layout, exchange, cut, one_batch):
+def test_logits_and_expert_counts_are_those_of_one_batch(
+    layout, exchange, cut, rows_of_a_round, one_batch, monkeypatch
+):
+    if rows_of_a_round is not None:
+        monkeypatch.setattr(expert_exchange, "dispatch_rows", lambda *_: rows_of_a_round)
     prompts, want, want_counts = one_batch
     folder = load_fixture("deepseek_v3").folder
     got, counts = steps(MeshModel(folder, layout, exchange, cut=cut), prompts)
