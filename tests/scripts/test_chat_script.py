@@ -113,7 +113,7 @@ def test_at_a_terminal():
 
     async def main():
         loop = asyncio.get_running_loop()
-        async with listening(telling("la " * 4000, delay_s=0.01)) as (url, _, engine):
+        async with listening(telling("la " * 400, delay_s=0.01)) as (url, _, engine):
             parent, child = pty.openpty()
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, SCRIPT, "--url", url),
@@ -121,6 +121,8 @@ def test_at_a_terminal():
                 stdout=child,
                 stderr=child,
                 start_new_session=True,
+                # What runs in the background, as these tests may, ignores Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             os.close(child)
             seen = ""
