@@ -44,12 +44,11 @@ from scripts.bench_step import Plans, collective_time, covered, device_events, r
 from scripts.benchmarking import emit, say, table
 from scripts.parallel_tables import Row, Rows, decode_table, first, modelled_ms, overview, ratios
 from serving.config import ServerConfig
-from serving.engine.engine import configure_jax, resolve_layout
+from serving.engine.engine import configure_jax, open_weights, resolve_layout
 from serving.engine.runner import ModelRunner, resolve_dtype, resolve_kv_dtype
 from serving.scheduler.plan import SlicePlan, StepPlan
 from sharding.layout import Layout
 from sharding.rules import padded_sizes
-from sharding.sources import open_source
 from sharding.step import ModelSpec, sharded
 
 BATCHES, CONTEXTS = (16, 64, 128, 256), (1024, 4096, 8192)
@@ -402,12 +401,7 @@ def measure_layout(args: argparse.Namespace, engine_flags: list[str]) -> int:
             if config.max_total_tokens is not None:
                 raise ValueError("--max-total-tokens: give --kv-memory-gib, the same for all.")
             configure_jax(config)
-            source = open_source(
-                config.model_path,
-                config.load_format,
-                keep_fp8=config.fp8_weights == "keep",
-                seed=config.random_seed or 0,
-            )
+            source = open_weights(config)
             layout = resolve_layout(config)
             if args.devices % layout.num_devices:
                 raise ValueError(

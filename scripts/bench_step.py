@@ -35,11 +35,10 @@ from model.batch import ForwardBatch
 from model.config import ModelConfig
 from scripts.bench_offline import SHAPES, configured
 from scripts.benchmarking import emit, say, table
-from serving.engine.engine import configure_jax, resolve_layout
+from serving.engine.engine import configure_jax, open_weights, resolve_layout
 from serving.engine.runner import ModelRunner
 from serving.request import SamplingParams
 from serving.scheduler.plan import DecodeRow, PrefillChunk, SlicePlan, StepPlan
-from sharding.sources import open_source
 from sharding.step import sharded
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -398,12 +397,7 @@ def main(argv: list[str]) -> int:
         try:
             config = configured(engine_flags, args.shape, Path(temporary))
             configure_jax(config)
-            source = open_source(
-                config.model_path,
-                config.load_format,
-                keep_fp8=config.fp8_weights == "keep",
-                seed=config.random_seed or 0,
-            )
+            source = open_weights(config)
             runner = ModelRunner(config, source, resolve_layout(config))
         except ValueError as error:  # ConfigError, LayoutError, CheckpointError: one sentence
             print(f"bench_step: error: {error}", file=sys.stderr)

@@ -363,18 +363,27 @@ def widest_layout(config: ServerConfig, devices: int) -> Layout:
     return make_layout(devices, devices, devices)
 
 
+def open_weights(config: ServerConfig) -> WeightSource:
+    """The model that the flags name, none of it loaded yet.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: the user's sentence.
+    """
+    return open_source(
+        config.model_path,
+        config.load_format,
+        keep_fp8=config.fp8_weights == "keep",
+        seed=config.random_seed or 0,
+    )
+
+
 def make_engine(config: ServerConfig) -> Engine:
     """Load a model and compile its programs (after `configure_jax`).
 
     Raises:
         UnsupportedModelError, CheckpointError, LayoutError, ConfigError: the user's sentence.
     """
-    source = open_source(
-        config.model_path,
-        config.load_format,
-        keep_fp8=config.fp8_weights == "keep",
-        seed=config.random_seed or 0,
-    )
+    source = open_weights(config)
     model, layout = source.config, resolve_layout(config)
     if layout.num_slices > 1 and not model.is_mla:
         log.warning(
