@@ -17,7 +17,7 @@ from model.batch import ForwardBatch, MicroBatch, Prefixes, Rows
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
-from model.ops.dense import StackedWeight, matmul, matmul_parts
+from model.ops.dense import as_stacked, matmul, matmul_parts
 from model.ops.kernels import XLA, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
 from model.ops.mla_attention.inputs import finish_inputs
@@ -112,9 +112,7 @@ class MLAttention(nnx.Module):
             cached = saturating_cast(jnp.concatenate(entries), kv.dtype)
             kv = kv.at[layer, rows.pages, rows.offsets].set(cached)
             return queries, cached.astype(xs[0].dtype), kv
-        norm = self.kv_a_norm.get_value()
-        if not isinstance(norm, StackedWeight):
-            norm = StackedWeight(stack=norm[None], layer=jnp.int32(0))
+        norm = as_stacked(self.kv_a_norm.get_value())
         products = [self._products(x, kernels) for x in xs]
         queries, entries = [], []
         for part, (q, entry), of in zip(parts, products, of_rows, strict=True):

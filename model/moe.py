@@ -12,7 +12,7 @@ from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import MLP, ParamFactory
 from model.ops import routing
-from model.ops.dense import StackedWeight
+from model.ops.dense import as_stacked
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.kernels import XLA, Kernels
 
@@ -36,9 +36,7 @@ class Router(nnx.Module):
             return route(x.astype(jnp.float32) @ self.weight[...], bias, c)
         if reason := routing.unsupported(c.hidden_size, c.num_groups):
             raise ValueError(f"The routing kernel cannot route this model: {reason}.")
-        weight = self.weight.get_value()
-        if not isinstance(weight, StackedWeight):
-            weight = StackedWeight(stack=weight[None], layer=jnp.int32(0))
+        weight = as_stacked(self.weight.get_value())
         return routing.route(
             x,
             weight.stack,

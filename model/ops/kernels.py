@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jax.experimental import pallas as pl
+
 Implementation = Literal["xla", "pallas"]
 
 
@@ -52,6 +54,11 @@ def largest_block(size: int, most: int) -> int:
     while block < most and size % (2 * block) == 0:
         block *= 2
     return block
+
+
+def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """Every program of a kernel sees all of an array of this shape."""
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
 def is_power_of_two(size: int) -> bool:

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from model.ops.kernels import whole
+
 MANY_ROWS, ROWS = 1024, 4
 """From so many rows on, a program takes several."""
 
@@ -37,9 +39,6 @@ def rms_norm(
     t, width = x.shape
     rows = ROWS if t >= MANY_ROWS else 1
     operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32))
-
-    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
 
     return pl.pallas_call(
         functools.partial(_kernel, rows=rows, columns=1 << (width - 1).bit_length(), eps=eps),

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block
+from model.ops.kernels import largest_block, whole
 from model.quantization import layer_weight
 
 MIN_BLOCK = 16
@@ -137,9 +137,6 @@ def route(
     else:
         operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32), bias)
         rows, warps = ROWS, 4
-
-    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
 
     return pl.pallas_call(
         functools.partial(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from model.ops.dense import pallas
 from model.ops.kernels import Kernels
@@ -38,6 +39,13 @@ class StackedWeight:
         if index is not Ellipsis:
             raise TypeError("a StackedWeight can only be taken whole: weight[...]")
         return layer_weight(self.stack, self.layer)
+
+
+def as_stacked(weight: Any) -> StackedWeight:
+    """A weight as kernels take it: one that is no layer of a stack becomes a stack of one."""
+    if isinstance(weight, StackedWeight):
+        return weight
+    return StackedWeight(stack=weight[None], layer=jnp.int32(0))
 
 
 def matmul(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Array:

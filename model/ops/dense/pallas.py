@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block
+from model.ops.kernels import largest_block, whole
 
 MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
@@ -104,8 +104,8 @@ def matmul_parts(
     out = pl.pallas_call(
         functools.partial(_kernel, rows=rows, columns=columns, depth=depth, share=k // parts),
         grid=(blocks, parts, row_blocks),
-        in_specs=[_whole(a.shape) for a in operands],
-        out_specs=[_whole(shape) for shape in shapes],
+        in_specs=[whole(a.shape) for a in operands],
+        out_specs=[whole(shape) for shape in shapes],
         out_shape=[
             jax.ShapeDtypeStruct(shape, x.dtype if parts == 1 else jnp.float32) for shape in shapes
         ],
@@ -114,7 +114,3 @@ def matmul_parts(
         name="dense",
     )(*operands)
     return [a.reshape(parts, t, *shape) for a, shape in zip(out, out_shapes, strict=True)]
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block
+from model.ops.kernels import largest_block, whole
 
 MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
@@ -206,11 +206,11 @@ def sort_pairs(
         grid=(blocks,),
         in_specs=[
             pl.BlockSpec((pairs,), lambda i: (0,)),
-            pl.BlockSpec(of_blocks.shape, lambda i: (0, 0)),
+            whole(of_blocks.shape),
         ],
         out_specs=[
-            pl.BlockSpec((pairs,), lambda i: (0,)),
-            pl.BlockSpec((padded,), lambda i: (0,)),
+            whole((pairs,)),
+            whole((padded,)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((pairs,), jnp.int32),
@@ -241,14 +241,11 @@ def grouped_mlp(
     order, counts = sort_pairs(expert_ids.reshape(-1), experts, interpret=interpret)
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
 
-    def whole(array: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec(array.shape, lambda j, i: (0,) * array.ndim)
-
     first = tiles(rows, f, d, x.dtype.itemsize, gated=True)
     inner = pl.pallas_call(
         functools.partial(_gate_up_kernel, k=k, t=first),
         grid=(f // first.columns, blocks),
-        in_specs=[whole(a) for a in (x, w1, order, counts, layer)],
+        in_specs=[whole(a.shape) for a in (x, w1, order, counts, layer)],
         out_specs=pl.BlockSpec((rows, first.columns), lambda j, i: (i, j)),
         out_shape=jax.ShapeDtypeStruct((blocks * rows, f), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=first.warps, num_stages=first.stages),
@@ -262,9 +259,9 @@ def grouped_mlp(
         grid=(d // second.columns, blocks),
         in_specs=[
             pl.BlockSpec((rows, f), lambda j, i: (i, 0)),
-            *(whole(a) for a in (w2, flat_weights, order, counts, layer)),
+            *(whole(a.shape) for a in (w2, flat_weights, order, counts, layer)),
         ],
-        out_specs=pl.BlockSpec((pairs, d), lambda j, i: (0, 0)),
+        out_specs=whole((pairs, d)),
         out_shape=jax.ShapeDtypeStruct((pairs, d), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=second.warps, num_stages=second.stages),
         interpret=interpret,

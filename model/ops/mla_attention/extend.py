@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.batch import Prefixes
-from model.ops.kernels import is_power_of_two
+from model.ops.kernels import is_power_of_two, whole
 from model.ops.mla_attention.pages import LOG2_E, MASKED, MIN_BLOCK, Softmax, dot
 from model.ops.mla_attention.pages import unsupported as latents_unsupported
 
@@ -185,7 +185,7 @@ def _attend(
     state_specs = [of_rows(value), of_rows()]
     if causal:
         out_shape = [((*q_nope.shape[:2], value), q_nope.dtype)]
-        out_specs = [pl.BlockSpec(out_shape[0][0], lambda *_: (0, 0, 0))]
+        out_specs = [whole(out_shape[0][0])]
     else:
         out_specs = state_specs
         out_shape = [((blocks * rows, heads, *width), jnp.float32) for width in ((value,), ())]
@@ -203,7 +203,7 @@ def _attend(
             starts=bool(state),
         ),
         grid=(blocks, heads),
-        in_specs=[*(_whole(a) for a in operands), *state_specs[: len(state)]],
+        in_specs=[*(whole(a.shape) for a in operands), *state_specs[: len(state)]],
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in out_shape],
         input_output_aliases={} if causal else {len(operands): 0, len(operands) + 1: 1},
@@ -220,10 +220,6 @@ def block_rows(m: int) -> int:
     while rows < min(m, ROWS):
         rows *= 2
     return rows
-
-
-def _whole(array: jax.Array) -> pl.BlockSpec:
-    return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
 
 def _chunks_of_blocks(first_row: jax.Array, blocks: int, rows: int) -> jax.Array:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block
+from model.ops.kernels import largest_block, whole
 from model.ops.mla_attention.pages import MIN_BLOCK
 
 COLUMNS, DEPTH, WARPS = 64, 64, 4
@@ -96,9 +96,6 @@ def per_head(
     columns, depth = largest_block(n, COLUMNS), largest_block(k, DEPTH)
     operands = [x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32)]
     operands += parts or ()
-
-    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
     return pl.pallas_call(
         functools.partial(_kernel, rows=rows, columns=columns, depth=depth),

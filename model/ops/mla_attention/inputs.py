@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from model.ops.kernels import whole
 from model.quantization import saturating_cast
 
 HEADS = 16
@@ -153,9 +154,6 @@ def finish_inputs(
     ]
     if parts > 1:
         out_shape.append(jax.ShapeDtypeStruct((t, num_heads, nope), dtype))
-
-    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
     kv, entries, q_rope, *q_nope = pl.pallas_call(
         functools.partial(
