@@ -57,6 +57,7 @@ EXPERTS = re.compile(r"experts_gate_up|experts_down")
 PROFILED_STEPS = 5
 EXCHANGES, EXCHANGE_LAUNCHES = 25, 8
 """Exchanges of one program, and launches of it, that one measurement times."""
+OVERLAP = "--enable-two-batch-overlap --tbo-min-prefill-tokens 1024 --tbo-min-decode-rows 64"
 GRACE_S = 20.0
 """How long after the time limit a layout may finish the row it is at."""
 
@@ -78,9 +79,10 @@ def default_layouts(devices: int) -> dict[str, str]:
     layouts |= [dpa(devices, "none")]
     layouts["replicas"] = "--tp 1"
     layouts |= [dpa(devices, "all_to_all")]
-    if devices == 8:
-        layouts |= [dpa(4, "none"), dpa(2, "none")]
+    layouts |= [dpa(dp, "none") for dp in (4, 2) if dp < devices and devices % dp == 0]
     layouts[f"tp{devices}ep{devices}"] = f"--tp {devices} --ep {devices}"
+    name, flags = dpa(devices, "none")
+    layouts[f"{name}-overlap"] = f"{flags} {OVERLAP}"
     return layouts
 
 

@@ -44,7 +44,13 @@ def decode(why, batch, ms, **more):
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        ([], ["tp2", "tp2dp2ep2-none", "replicas", "tp2dp2ep2-all_to_all", "tp2ep2"]),
+        (
+            [],
+            [
+                *("tp2", "tp2dp2ep2-none", "replicas", "tp2dp2ep2-all_to_all", "tp2ep2"),
+                "tp2dp2ep2-none-overlap",
+            ],
+        ),
         (["--quick"], ["tp2", "tp2dp2ep2-none", "replicas"]),
         (["--layout", "replicas", "--layout", "mine: --tp 2"], ["replicas", "mine"]),
         (["--devices", "1"], ["tp1"]),
