@@ -1,0 +1,170 @@
+"""Rows to their experts' places and back, in Pallas (Triton), for kernels that cannot gather rows.
+
+Every expert has blocks of places, as many as its pairs of (token, expert) need, one expert's behind
+another's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from model.ops.kernels import largest_block, whole
+
+PAIRS = 128
+"""That one program of `place` finds places for."""
+TOKENS = 16
+"""Of a program that moves rows."""
+COLUMNS = 256
+
+
+class Blocks(NamedTuple):
+    """What the blocks of places hold: i32 [blocks] each; a power of two, more than ever used.
+
+    Attributes:
+        experts: whose a block is; rows: how many of its places are taken, the first ones.
+        used: i32 [1], the number of blocks that have any.
+    """
+
+    experts: jax.Array
+    rows: jax.Array
+    used: jax.Array
+
+
+def _place_kernel(ids_ref, parts_ref, places_ref, experts_ref, rows_ref, used_ref, *, rows: int):
+    """Places of some pairs; and the table of blocks, which every program writes alike."""
+    part = pl.program_id(0)
+    ids, of_parts = ids_ref[...], parts_ref[...]  # [PAIRS], [parts, E]
+    numbers = lax.broadcasted_iota(jnp.int32, of_parts.shape, 0)
+    counts = jnp.sum(of_parts, axis=0)
+    before = jnp.sum(jnp.where(numbers < part, of_parts, 0), axis=0)
+    blocks = (counts + rows - 1) // rows
+    ends = jnp.cumsum(blocks)
+    first = (ends - blocks) * rows + before
+    mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (PAIRS, counts.shape[0]), 1)
+    mine = mine.astype(jnp.int32)
+    inside = jnp.cumsum(mine, axis=0) - mine
+    places = jnp.sum(mine * (first[None] + inside), axis=1)
+    places_ref[...] = jnp.where(ids >= 0, places, -1)
+
+    block = lax.broadcasted_iota(jnp.int32, (experts_ref.shape[0], 1), 0)
+    inside = (ends - blocks)[None] <= block
+    inside = (inside & (block < ends[None])).astype(jnp.int32)  # [blocks, E]: whose it is
+    expert = lax.broadcasted_iota(jnp.int32, inside.shape, 1)
+    left = counts[None] - (block - (ends - blocks)[None]) * rows
+    experts_ref[...] = jnp.sum(inside * expert, axis=1)
+    rows_ref[...] = jnp.sum(inside * jnp.minimum(left, rows), axis=1)
+    used_ref[...] = jnp.sum(blocks)[None]
+
+
+def place(
+    expert_ids: jax.Array, experts: int, rows: int, *, interpret: bool = False
+) -> tuple[jax.Array, Blocks]:
+    """A place for every pair, those of an expert side by side in the pairs' order.
+
+    Args:
+        expert_ids: i32 [T, K], -1 for absent.
+        rows: of a block.
+
+    Returns:
+        i32 [T, K], -1 for absent.
+    """
+    pairs = expert_ids.size
+    ids = jnp.pad(expert_ids.reshape(-1), (0, -pairs % PAIRS), constant_values=-1)
+    parts, padded = len(ids) // PAIRS, 1 << (experts - 1).bit_length()
+    of_parts = jnp.sum(
+        ids.reshape(parts, 1, PAIRS) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
+    )
+    of_parts = jnp.pad(of_parts, ((0, (1 << (parts - 1).bit_length()) - parts), (0, 0)))
+    blocks = -(-pairs // rows) + min(experts, pairs)
+    blocks = 1 << (blocks - 1).bit_length()
+    places, *table = pl.pallas_call(
+        functools.partial(_place_kernel, rows=rows),
+        grid=(parts,),
+        in_specs=[pl.BlockSpec((PAIRS,), lambda i: (i,)), whole(of_parts.shape)],
+        out_specs=[
+            pl.BlockSpec((PAIRS,), lambda i: (i,)),
+            *(whole((n,)) for n in (blocks, blocks, 1)),
+        ],
+        out_shape=[jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(ids), blocks, blocks, 1)],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="place_pairs",
+    )(ids, of_parts)
+    return places[:pairs].reshape(expert_ids.shape), Blocks(*table)
+
+
+def _spread_kernel(x_ref, places_ref, out_ref, *, k: int):
+    tokens, columns = x_ref.shape
+    row = pl.program_id(0) * tokens + lax.broadcasted_iota(jnp.int32, (tokens,), 0)
+    column = pl.program_id(1) * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    x, inside = x_ref[...], row < places_ref.shape[0] // k
+    for i in range(k):
+        place = plgpu.load(places_ref.at[row * k + i], mask=inside, other=-1)
+        live = place >= 0
+        # No two lanes name one place: where masks are emulated, a dead lane writes what it read.
+        place = jnp.where(live, place, out_ref.shape[0] + row)
+        plgpu.store(out_ref.at[place[:, None], column], x, mask=live[:, None])
+
+
+def spread(x: jax.Array, places: jax.Array, size: int, *, interpret: bool = False) -> jax.Array:
+    """[size, D] with every token's row at each of its places, undefined elsewhere.
+
+    Args:
+        x: [T, D]; places: i32 [T, K], -1 for absent.
+    """
+    (t, d), k = x.shape, places.shape[1]
+    columns = largest_block(d, COLUMNS)
+    return pl.pallas_call(
+        functools.partial(_spread_kernel, k=k),
+        grid=(-(-t // TOKENS), d // columns),
+        in_specs=[pl.BlockSpec((TOKENS, columns), lambda i, j: (i, j)), whole((t * k,))],
+        out_specs=whole((size, d)),
+        out_shape=jax.ShapeDtypeStruct((size, d), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="spread_rows",
+    )(x, places.reshape(-1))
+
+
+def _combine_kernel(x_ref, places_ref, weights_ref, out_ref, *, k: int):
+    tokens, columns = out_ref.shape
+    row = pl.program_id(0) * tokens + lax.broadcasted_iota(jnp.int32, (tokens,), 0)
+    column = pl.program_id(1) * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    inside = row < places_ref.shape[0] // k
+    total = jnp.zeros(out_ref.shape, jnp.float32)
+    for i in range(k):
+        place = plgpu.load(places_ref.at[row * k + i], mask=inside, other=-1)
+        weight = plgpu.load(weights_ref.at[row * k + i], mask=inside, other=0.0)
+        live = (place >= 0)[:, None]
+        x = plgpu.load(x_ref.at[place[:, None], column], mask=live, other=0.0)
+        total += weight[:, None] * x.astype(jnp.float32)
+    out_ref[...] = total.astype(out_ref.dtype)
+
+
+def combine(
+    x: jax.Array, places: jax.Array, weights: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """[T, D]: for every token the sum of the rows at its places, weighted, in float32.
+
+    Args:
+        x: [size, D]; places: i32 [T, K], -1 for absent; weights: [T, K].
+    """
+    (t, k), d = places.shape, x.shape[1]
+    columns = largest_block(d, COLUMNS)
+    return pl.pallas_call(
+        functools.partial(_combine_kernel, k=k),
+        grid=(-(-t // TOKENS), d // columns),
+        in_specs=[whole(x.shape), *[whole((t * k,))] * 2],
+        out_specs=pl.BlockSpec((TOKENS, columns), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((t, d), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="combine_rows",
+    )(x, places.reshape(-1), weights.astype(jnp.float32).reshape(-1))
