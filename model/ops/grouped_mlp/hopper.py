@@ -1,14 +1,16 @@
 """The experts' SwiGLU of many rows on Hopper GPUs: Mosaic kernels for products, Triton around them.
 
-Copies by the tensor memory accelerator move boxes, not single rows. So each token's row is first
-spread to its experts' places: every expert has blocks of `ROWS` places, the last of them partly
-used. Two persistent kernels compute gate and up with SiLU, then down, a tile of one block's rows
-and some columns at a time; the last sums every token's weighted results from their places.
+The tensor memory accelerator copies boxes, no scattered rows. So every token's row is first spread
+to places of its experts, which have blocks of `ROWS` of them, the last one partly used. Two
+persistent kernels compute gate and up with SiLU, then down, a tile of a block and some columns
+after the other; the last kernel sums every token's weighted results from their places.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +20,113 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from model.ops.grouped_mlp import placing
 
-ROWS = 128
-"""Of a tile: two warpgroups multiply half of them each, a third one copies."""
+try:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+except ImportError:  # jax 0.10 has it, but does not export it
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
 WARPGROUPS = 2
-PART = ROWS // WARPGROUPS
-COLUMNS = 256
-"""Of a tile's product; half of them gate, half of them up in the first kernel."""
-HALF = COLUMNS // 2
+"""That multiply, each a part of a tile's rows; one more copies."""
+PART = 64
+ROWS = WARPGROUPS * PART
+HALF = 128
+"""Columns of an accumulator; a tile has two: gate and up, or neighbours."""
 DEPTH = 64
 """Contracted numbers of a step: 128 bytes, as wide as shared memory is swizzled."""
 STAGES = 4
-"""Steps in shared memory: 48 KiB each of 227, beside 32 for results."""
+"""Steps in shared memory: 48 of its 227 KiB each, beside 32 for results."""
+COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
+"""Of a thread: 128 times the first and twice the second are the 64 Ki that there are."""
 PROCESSORS = 132
-"""Of an H100 SXM or H200. With fewer, some programs wait for a place; with more, some idle."""
+"""Of an H100 SXM or H200. Where there are fewer, some programs wait for others to end."""
 LAYOUT = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
+LEAST_LOAD = 96
+"""Pairs of an expert, in the mean, from which these kernels are faster than those for all GPUs."""
 
 
-def _tile_kernel(
+def unsupported(width: int, inner: int, dtype: str) -> str | None:
+    """Why the kernels cannot take experts of [width, inner] in `dtype`; None if they can."""
+    if dtype != "bfloat16":
+        return f"kernels for Hopper multiply bfloat16, not {dtype}"
+    if width % (2 * HALF) or inner % HALF:
+        return (
+            f"for Hopper, width {width} must be a multiple of {2 * HALF} and expert width {inner} "
+            f"one of {HALF}"
+        )
+    return None
+
+
+class _Ring(NamedTuple):
+    """Steps on their way from the warpgroup that copies to those that multiply.
+
+    Attributes:
+        x: [STAGES, ROWS, DEPTH]; w: [STAGES, 2, DEPTH, HALF].
+        ready, free: barriers [STAGES]: a step is there; all have multiplied it.
+    """
+
+    x: jax.Array
+    w: jax.Array
+    ready: jax.Array
+    free: jax.Array
+
+
+def _copy_tile(ring: _Ring, x_ref, w_ref, step, first_row, first_depth, columns) -> None:
+    """All steps of a tile, the first one being number `step` of the program's.
+
+    `first_row` of x; `first_depth`, the expert's first row of w; `columns`, where halves begin.
+    """
+
+    def body(k, carry):
+        slot, depth = lax.rem(step + k, STAGES), k * DEPTH
+        mgpu.barrier_wait(ring.free.at[slot])
+        x = x_ref.at[pl.ds(first_row, ROWS), pl.ds(depth, DEPTH)]
+        mgpu.copy_gmem_to_smem(x, ring.x.at[slot], ring.ready.at[slot])
+        for i, column in enumerate(columns):
+            w = w_ref.at[pl.ds(first_depth + depth, DEPTH), pl.ds(column, HALF)]
+            mgpu.copy_gmem_to_smem(w, ring.w.at[slot, i], ring.ready.at[slot])
+        return carry
+
+    lax.fori_loop(0, x_ref.shape[1] // DEPTH, body, None)
+
+
+def _multiply_tile(ring: _Ring, group, step, steps: int) -> tuple[jax.Array, jax.Array]:
+    """f32 [PART, HALF] twice: a warpgroup's rows times both halves of the columns."""
+
+    def product(first, second):
+        def body(k, carry):
+            slot = lax.rem(step + k, STAGES)
+            mgpu.barrier_wait(ring.ready.at[slot])
+            x = ring.x.at[slot, pl.ds(group * PART, PART)]
+            mgpu.wgmma(first, x, ring.w.at[slot, 0])
+            mgpu.wgmma(second, x, ring.w.at[slot, 1])
+            mgpu.wgmma_wait(2)  # the products of the step before are done
+
+            @pl.when(k > 0)
+            def _() -> None:
+                mgpu.barrier_arrive(ring.free.at[lax.rem(step + k - 1, STAGES)])
+
+            return carry
+
+        lax.fori_loop(0, steps, body, None)
+        mgpu.wgmma_wait(0)
+        mgpu.barrier_arrive(ring.free.at[lax.rem(step + steps - 1, STAGES)])
+        return first[...], second[...]
+
+    accumulator = mgpu.ACC((PART, HALF), jnp.float32)
+    return pl.run_scoped(product, accumulator, accumulator)
+
+
+def _skip_tile(ring: _Ring, step, steps: int) -> None:
+    def body(k, carry):
+        slot = lax.rem(step + k, STAGES)
+        mgpu.barrier_wait(ring.ready.at[slot])
+        mgpu.barrier_arrive(ring.free.at[slot])
+        return carry
+
+    lax.fori_loop(0, steps, body, None)
+
+
+def _tiles_kernel(
     x_ref,
     w_ref,
     expert_ref,
@@ -51,112 +143,82 @@ def _tile_kernel(
     experts: int,
     gated: bool,
 ) -> None:
-    """Tiles of out: x @ w of each block's expert, or with `gated` silu(x @ gate) * (x @ up).
+    """Every program's tiles of out: x @ w, or with `gated` silu(x @ gate) * (x @ up).
 
-    x [blocks * ROWS, depth], w [layers * experts * depth, columns], expert, rows i32 [blocks];
-    x_smem [STAGES, ROWS, DEPTH], w_smem [STAGES, 2, DEPTH, HALF], out_smem [2, PART, HALF].
+    x [blocks * ROWS, depth], w [layers * experts * depth, columns], expert and rows i32 [blocks],
+    out_smem [WARPGROUPS, PART, HALF].
     """
-    depth, wide = x_ref.shape[1], out_ref.shape[1]
-    steps = depth // DEPTH
-    columns = wide // (HALF if gated else COLUMNS)
+    ring = _Ring(x_smem, w_smem, ready, free)
+    depth, width = x_ref.shape[1], out_ref.shape[1]
+    steps, halves = depth // DEPTH, 1 if gated else 2
+    columns = width // (halves * HALF)
     me, group = lax.axis_index("processor"), lax.axis_index("warpgroup")
-    tiles = used_ref[0] * columns
-    mine = lax.div(tiles - me + PROCESSORS - 1, PROCESSORS)
+    mine = lax.div(used_ref[0] * columns - me + PROCESSORS - 1, PROCESSORS)
 
-    def tile(i):
-        number = me + i * PROCESSORS
-        return lax.div(number, columns), lax.rem(number, columns)
+    def for_tiles(do: Callable) -> None:
+        """Programs side by side take columns of one block: they share x, and experts are few."""
+
+        def body(i, carry):
+            number = me + i * PROCESSORS
+            do(lax.div(number, columns), lax.rem(number, columns), i * steps)
+            return carry
+
+        lax.fori_loop(0, mine, body, None)
+
+    def copy(block, column, step) -> None:
+        first_depth = (layer_ref[0] * experts + expert_ref[block]) * depth
+        at = column * halves * HALF
+        other = at + (width if gated else HALF)
+        _copy_tile(ring, x_ref, w_ref, step, block * ROWS, first_depth, (at, other))
+
+    def compute(block, column, step) -> None:
+        first, second = _multiply_tile(ring, group, step, steps)
+        gate = 1 / (1 + jnp.exp(-first))
+        results = (first * gate * second,) if gated else (first, second)
+        for i, result in enumerate(results):
+            mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[group] = result.astype(out_smem.dtype)
+            mgpu.commit_smem()
+            rows = pl.ds(block * ROWS + group * PART, PART)
+            at = pl.ds((column * halves + i) * HALF, HALF)
+            mgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[rows, at])
+
+    def compute_or_skip(block, column, step) -> None:
+        lax.cond(
+            rows_ref[block] > group * PART,
+            lambda: compute(block, column, step),
+            lambda: _skip_tile(ring, step, steps),
+        )
 
     @pl.when(group == WARPGROUPS)
     def _() -> None:
-        mgpu.set_max_registers(40, action="decrease")
-        layer = layer_ref[0]
-
-        def copy_tile(i, step):
-            block, column = tile(i)
-            first = (layer * experts + expert_ref[block]) * depth
-
-            def copy_step(k, step):
-                slot = lax.rem(step, STAGES)
-                mgpu.barrier_wait(free.at[slot])
-                x = x_ref.at[pl.ds(block * ROWS, ROWS), pl.ds(k * DEPTH, DEPTH)]
-                mgpu.copy_gmem_to_smem(x, x_smem.at[slot], ready.at[slot])
-                for half in range(2):
-                    at = column * HALF + half * wide if gated else (2 * column + half) * HALF
-                    w = w_ref.at[pl.ds(first + k * DEPTH, DEPTH), pl.ds(at, HALF)]
-                    mgpu.copy_gmem_to_smem(w, w_smem.at[slot, half], ready.at[slot])
-                return step + 1
-
-            return lax.fori_loop(0, steps, copy_step, step)
-
-        lax.fori_loop(0, mine, copy_tile, jnp.int32(0))
+        mgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
+        for_tiles(copy)
         for slot in range(STAGES):
             mgpu.barrier_wait(free.at[slot])
 
     @pl.when(group < WARPGROUPS)
     def _() -> None:
-        mgpu.set_max_registers(232, action="increase")
+        mgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
         for slot in range(STAGES):
             mgpu.barrier_arrive(free.at[slot])
-        part = pl.ds(group * PART, PART)
-
-        def multiply(step, block, column):
-            def product(first, second):
-                def body(k, carry):
-                    slot = lax.rem(step + k, STAGES)
-                    mgpu.barrier_wait(ready.at[slot])
-                    mgpu.wgmma(first, x_smem.at[slot, part], w_smem.at[slot, 0])
-                    mgpu.wgmma(second, x_smem.at[slot, part], w_smem.at[slot, 1])
-                    mgpu.wgmma_wait(2)  # the step before is done
-
-                    @pl.when(k > 0)
-                    def _() -> None:
-                        mgpu.barrier_arrive(free.at[lax.rem(step + k - 1, STAGES)])
-
-                    return carry
-
-                lax.fori_loop(0, steps, body, None)
-                mgpu.wgmma_wait(0)
-                mgpu.barrier_arrive(free.at[lax.rem(step + steps - 1, STAGES)])
-                return first[...], second[...]
-
-            accumulator = mgpu.ACC((PART, HALF), jnp.float32)
-            first, second = pl.run_scoped(product, accumulator, accumulator)
-            if gated:
-                halves = [first * (1 / (1 + jnp.exp(-first))) * second]
-            else:
-                halves = [first, second]
-            for i, half in enumerate(halves):
-                mgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem[group] = half.astype(out_smem.dtype)
-                mgpu.commit_smem()
-                rows = pl.ds(block * ROWS + group * PART, PART)
-                at = pl.ds((column * len(halves) + i) * HALF, HALF)
-                mgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[rows, at])
-
-        def pass_over(step):
-            def body(k, carry):
-                slot = lax.rem(step + k, STAGES)
-                mgpu.barrier_wait(ready.at[slot])
-                mgpu.barrier_arrive(free.at[slot])
-                return carry
-
-            lax.fori_loop(0, steps, body, None)
-
-        def compute_tile(i, step):
-            block, column = tile(i)
-            live = rows_ref[block] > group * PART
-            lax.cond(live, lambda: multiply(step, block, column), lambda: pass_over(step))
-            return step + steps
-
-        lax.fori_loop(0, mine, compute_tile, jnp.int32(0))
+        for_tiles(compute_or_skip)
         mgpu.wait_smem_to_gmem(0)
 
 
-def _tiles(x, w, blocks: placing.Blocks, layer, width: int, *, experts, gated, interpret):
-    """[x's rows, width]: the products of `_tile_kernel`."""
+def _tiles(
+    x: jax.Array,
+    w: jax.Array,
+    blocks: placing.Blocks,
+    layer: jax.Array,
+    width: int,
+    *,
+    gated: bool,
+    interpret: bool,
+) -> jax.Array:
+    """[blocks * ROWS, width], see `_tiles_kernel`; w is [L, E, depth, columns]."""
     return mgpu.kernel(
-        functools.partial(_tile_kernel, experts=experts, gated=gated),
+        functools.partial(_tiles_kernel, experts=w.shape[1], gated=gated),
         out_type=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
         scratch_types=[
             mgpu.SMEM((STAGES, ROWS, DEPTH), x.dtype, transforms=LAYOUT),
@@ -172,9 +234,9 @@ def _tiles(x, w, blocks: placing.Blocks, layer, width: int, *, experts, gated, i
         compiler_params=mgpu.CompilerParams(
             approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Warpgroup
         ),
-        kernel_name="experts_gate_up_hopper" if gated else "experts_down_hopper",
-        interpret=mgpu.InterpretGPUParams() if interpret else None,
-    )(x, w, blocks.experts, blocks.rows, blocks.used, layer)
+        kernel_name="experts_gate_up" if gated else "experts_down",
+        interpret=InterpretGPUParams() if interpret else None,
+    )(x, w.reshape(-1, w.shape[-1]), *blocks, layer)
 
 
 def grouped_mlp(
@@ -188,11 +250,12 @@ def grouped_mlp(
     interpret: bool = False,
 ) -> jax.Array:
     """See `model.ops.grouped_mlp.grouped_mlp`."""
-    d, (experts, f) = x.shape[1], (w1.shape[1], w1.shape[-1])
+    d, (layers, experts, _, _, f) = x.shape[1], w1.shape
     places, blocks = placing.place(expert_ids, experts, ROWS, interpret=interpret)
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
     grouped = placing.spread(x, places, len(blocks.rows) * ROWS, interpret=interpret)
-    product = functools.partial(_tiles, experts=experts, interpret=interpret)
-    inner = product(grouped, w1.reshape(-1, 2 * f), blocks, layer, f, gated=True)
-    out = product(inner, w2.reshape(-1, d), blocks, layer, d, gated=False)
+    product = functools.partial(_tiles, interpret=interpret)
+    gate_up = w1.reshape(layers, experts, d, 2 * f)
+    inner = product(grouped, gate_up, blocks, layer, f, gated=True)
+    out = product(inner, w2, blocks, layer, d, gated=False)
     return placing.combine(out, places, weights, interpret=interpret)

@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
 
 
 def _place_kernel(ids_ref, parts_ref, places_ref, experts_ref, rows_ref, used_ref, *, rows: int):
-    """Places of some pairs; and the table of blocks, which every program writes alike."""
+    """Places of some pairs, and by the first program the table of blocks."""
     part = pl.program_id(0)
     ids, of_parts = ids_ref[...], parts_ref[...]  # [PAIRS], [parts, E]
     numbers = lax.broadcasted_iota(jnp.int32, of_parts.shape, 0)
@@ -53,14 +53,16 @@ def _place_kernel(ids_ref, parts_ref, places_ref, experts_ref, rows_ref, used_re
     places = jnp.sum(mine * (first[None] + inside), axis=1)
     places_ref[...] = jnp.where(ids >= 0, places, -1)
 
-    block = lax.broadcasted_iota(jnp.int32, (experts_ref.shape[0], 1), 0)
-    inside = (ends - blocks)[None] <= block
-    inside = (inside & (block < ends[None])).astype(jnp.int32)  # [blocks, E]: whose it is
-    expert = lax.broadcasted_iota(jnp.int32, inside.shape, 1)
-    left = counts[None] - (block - (ends - blocks)[None]) * rows
-    experts_ref[...] = jnp.sum(inside * expert, axis=1)
-    rows_ref[...] = jnp.sum(inside * jnp.minimum(left, rows), axis=1)
-    used_ref[...] = jnp.sum(blocks)[None]
+    @pl.when(part == 0)
+    def _() -> None:
+        block = lax.broadcasted_iota(jnp.int32, (experts_ref.shape[0], 1), 0)
+        number = block - (ends - blocks)[None]  # [blocks, E]: among those of the expert
+        theirs = ((number >= 0) & (number < blocks[None])).astype(jnp.int32)
+        expert = lax.broadcasted_iota(jnp.int32, theirs.shape, 1)
+        experts_ref[...] = jnp.sum(theirs * expert, axis=1)
+        left = jnp.minimum(counts[None] - number * rows, rows)
+        rows_ref[...] = jnp.sum(theirs * left, axis=1)
+        used_ref[...] = jnp.sum(blocks)[None]
 
 
 def place(
