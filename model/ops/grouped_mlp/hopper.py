@@ -253,7 +253,8 @@ def grouped_mlp(
     d, (layers, experts, _, _, f) = x.shape[1], w1.shape
     places, blocks = placing.place(expert_ids, experts, ROWS, interpret=interpret)
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
-    grouped = placing.spread(x, places, len(blocks.rows) * ROWS, interpret=interpret)
+    size = placing.most_blocks(expert_ids.size, experts, ROWS) * ROWS
+    grouped = placing.spread(x, places, size, interpret=interpret)
     product = functools.partial(_tiles, interpret=interpret)
     gate_up = w1.reshape(layers, experts, d, 2 * f)
     inner = product(grouped, gate_up, blocks, layer, f, gated=True)

@@ -25,10 +25,11 @@ COLUMNS = 256
 
 
 class Blocks(NamedTuple):
-    """What the blocks of places hold: i32 [blocks] each; a power of two, more than ever used.
+    """What the blocks of places hold; at least `most_blocks` of them.
 
     Attributes:
-        experts: whose a block is; rows: how many of its places are taken, the first ones.
+        experts: i32 [blocks], whose a block is.
+        rows: i32 [blocks], how many of its places are taken, the first ones.
         used: i32 [1], the number of blocks that have any.
     """
 
@@ -37,8 +38,13 @@ class Blocks(NamedTuple):
     used: jax.Array
 
 
+def most_blocks(pairs: int, experts: int, rows: int) -> int:
+    """That pairs can need, however they are spread over experts."""
+    return -(-pairs // rows) + min(experts, pairs)
+
+
 def _place_kernel(ids_ref, parts_ref, places_ref, experts_ref, rows_ref, used_ref, *, rows: int):
-    """Places of some pairs, and by the first program the table of blocks."""
+    """Places of some pairs, and a part of the table of blocks."""
     part = pl.program_id(0)
     ids, of_parts = ids_ref[...], parts_ref[...]  # [PAIRS], [parts, E]
     numbers = lax.broadcasted_iota(jnp.int32, of_parts.shape, 0)
@@ -53,16 +59,13 @@ def _place_kernel(ids_ref, parts_ref, places_ref, experts_ref, rows_ref, used_re
     places = jnp.sum(mine * (first[None] + inside), axis=1)
     places_ref[...] = jnp.where(ids >= 0, places, -1)
 
-    @pl.when(part == 0)
-    def _() -> None:
-        block = lax.broadcasted_iota(jnp.int32, (experts_ref.shape[0], 1), 0)
-        number = block - (ends - blocks)[None]  # [blocks, E]: among those of the expert
-        theirs = ((number >= 0) & (number < blocks[None])).astype(jnp.int32)
-        expert = lax.broadcasted_iota(jnp.int32, theirs.shape, 1)
-        experts_ref[...] = jnp.sum(theirs * expert, axis=1)
-        left = jnp.minimum(counts[None] - number * rows, rows)
-        rows_ref[...] = jnp.sum(theirs * left, axis=1)
-        used_ref[...] = jnp.sum(blocks)[None]
+    some = experts_ref.shape[0]  # blocks of the table, by each program
+    block = part * some + lax.broadcasted_iota(jnp.int32, (some, 1), 0)
+    number = block - (ends - blocks)[None]  # [some, E]: among those of the expert
+    theirs = ((number >= 0) & (number < blocks[None])).astype(jnp.int32)
+    experts_ref[...] = jnp.sum(theirs * lax.broadcasted_iota(jnp.int32, theirs.shape, 1), axis=1)
+    rows_ref[...] = jnp.sum(theirs * jnp.minimum(counts[None] - number * rows, rows), axis=1)
+    used_ref[...] = jnp.sum(blocks)[None]
 
 
 def place(
@@ -84,17 +87,16 @@ def place(
         ids.reshape(parts, 1, PAIRS) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
     )
     of_parts = jnp.pad(of_parts, ((0, (1 << (parts - 1).bit_length()) - parts), (0, 0)))
-    blocks = -(-pairs // rows) + min(experts, pairs)
-    blocks = 1 << (blocks - 1).bit_length()
+    blocks = most_blocks(pairs, experts, rows)
+    some = 1 << (-(-blocks // parts) - 1).bit_length()  # a power of two, as Triton wants
     places, *table = pl.pallas_call(
         functools.partial(_place_kernel, rows=rows),
         grid=(parts,),
         in_specs=[pl.BlockSpec((PAIRS,), lambda i: (i,)), whole(of_parts.shape)],
-        out_specs=[
-            pl.BlockSpec((PAIRS,), lambda i: (i,)),
-            *(whole((n,)) for n in (blocks, blocks, 1)),
+        out_specs=[*(pl.BlockSpec((n,), lambda i: (i,)) for n in (PAIRS, some, some)), whole((1,))],
+        out_shape=[
+            jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(ids), parts * some, parts * some, 1)
         ],
-        out_shape=[jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(ids), blocks, blocks, 1)],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="place_pairs",
@@ -102,11 +104,16 @@ def place(
     return places[:pairs].reshape(expert_ids.shape), Blocks(*table)
 
 
-def _spread_kernel(x_ref, places_ref, out_ref, *, k: int):
-    tokens, columns = x_ref.shape
+def _rows_and_columns(tokens: int, columns: int, count: int):
+    """Of a program: i32 [tokens], whether they are inside of [count], and i32 [1, columns]."""
     row = pl.program_id(0) * tokens + lax.broadcasted_iota(jnp.int32, (tokens,), 0)
     column = pl.program_id(1) * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-    x, inside = x_ref[...], row < places_ref.shape[0] // k
+    return row, row < count, column
+
+
+def _spread_kernel(x_ref, places_ref, out_ref, *, k: int, columns: int):
+    row, inside, column = _rows_and_columns(TOKENS, columns, x_ref.shape[0])
+    x = plgpu.load(x_ref.at[row[:, None], column], mask=inside[:, None], other=0.0)
     for i in range(k):
         place = plgpu.load(places_ref.at[row * k + i], mask=inside, other=-1)
         live = place >= 0
@@ -124,9 +131,9 @@ def spread(x: jax.Array, places: jax.Array, size: int, *, interpret: bool = Fals
     (t, d), k = x.shape, places.shape[1]
     columns = largest_block(d, COLUMNS)
     return pl.pallas_call(
-        functools.partial(_spread_kernel, k=k),
+        functools.partial(_spread_kernel, k=k, columns=columns),
         grid=(-(-t // TOKENS), d // columns),
-        in_specs=[pl.BlockSpec((TOKENS, columns), lambda i, j: (i, j)), whole((t * k,))],
+        in_specs=[whole(x.shape), whole((t * k,))],
         out_specs=whole((size, d)),
         out_shape=jax.ShapeDtypeStruct((size, d), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -135,19 +142,17 @@ def spread(x: jax.Array, places: jax.Array, size: int, *, interpret: bool = Fals
     )(x, places.reshape(-1))
 
 
-def _combine_kernel(x_ref, places_ref, weights_ref, out_ref, *, k: int):
-    tokens, columns = out_ref.shape
-    row = pl.program_id(0) * tokens + lax.broadcasted_iota(jnp.int32, (tokens,), 0)
-    column = pl.program_id(1) * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-    inside = row < places_ref.shape[0] // k
-    total = jnp.zeros(out_ref.shape, jnp.float32)
+def _combine_kernel(x_ref, places_ref, weights_ref, out_ref, *, k: int, columns: int):
+    row, inside, column = _rows_and_columns(TOKENS, columns, out_ref.shape[0])
+    total = jnp.zeros((TOKENS, columns), jnp.float32)
     for i in range(k):
         place = plgpu.load(places_ref.at[row * k + i], mask=inside, other=-1)
         weight = plgpu.load(weights_ref.at[row * k + i], mask=inside, other=0.0)
         live = (place >= 0)[:, None]
         x = plgpu.load(x_ref.at[place[:, None], column], mask=live, other=0.0)
         total += weight[:, None] * x.astype(jnp.float32)
-    out_ref[...] = total.astype(out_ref.dtype)
+    at = out_ref.at[row[:, None], column]
+    plgpu.store(at, total.astype(out_ref.dtype), mask=inside[:, None])
 
 
 def combine(
@@ -161,10 +166,10 @@ def combine(
     (t, k), d = places.shape, x.shape[1]
     columns = largest_block(d, COLUMNS)
     return pl.pallas_call(
-        functools.partial(_combine_kernel, k=k),
+        functools.partial(_combine_kernel, k=k, columns=columns),
         grid=(-(-t // TOKENS), d // columns),
         in_specs=[whole(x.shape), *[whole((t * k,))] * 2],
-        out_specs=pl.BlockSpec((TOKENS, columns), lambda i, j: (i, j)),
+        out_specs=whole((t, d)),
         out_shape=jax.ShapeDtypeStruct((t, d), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
