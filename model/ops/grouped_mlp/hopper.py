@@ -3,12 +3,13 @@
 The tensor memory accelerator copies boxes, no scattered rows. So every token's row is first spread
 to places of its experts, which have blocks of `ROWS` of them, the last one partly used. Two
 persistent kernels compute gate and up with SiLU, then down, a tile of a block and some columns
-after the other; the last kernel sums every token's weighted results from their places.
+after the other. XLA sums every token's weighted results from their places, fused with what follows.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,8 +41,10 @@ COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
 PROCESSORS = 132
 """Of an H100 SXM or H200. Where there are fewer, some programs wait for others to end."""
 LAYOUT = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
-LEAST_LOAD = 96
-"""Pairs of an expert, in the mean, from which these kernels are faster than those for all GPUs."""
+LEAST_LOAD = 64
+"""Pairs of an expert, in the mean, from which these kernels are faster than those for all GPUs.
+
+They win at 72 and lose at 36 (docs/performance.md)."""
 
 
 def unsupported(width: int, inner: int, dtype: str) -> str | None:
@@ -259,4 +262,11 @@ def grouped_mlp(
     gate_up = w1.reshape(layers, experts, d, 2 * f)
     inner = product(grouped, gate_up, blocks, layer, f, gated=True)
     out = product(inner, w2, blocks, layer, d, gated=False)
-    return placing.combine(out, places, weights, interpret=interpret)
+
+    def weighted(place: jax.Array, weight: jax.Array) -> jax.Array:
+        """Every token's result at its place, 0 without: what stands there is not to be used."""
+        row = out.at[jnp.maximum(place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
+        return jnp.where(place[:, None] >= 0, row * weight[:, None].astype(jnp.float32), 0)
+
+    # Additions in a row fuse with what follows; a reduction is a kernel of its own.
+    return functools.reduce(operator.add, map(weighted, places.T, weights.T)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Rows to their experts' places and back, in Pallas (Triton), for kernels that cannot gather rows.
+"""Rows to places of their experts, in Pallas (Triton), for kernels that cannot gather rows.
 
 Every expert has blocks of places, as many as its pairs of (token, expert) need, one expert's behind
 another's.
@@ -20,7 +20,7 @@ from model.ops.kernels import largest_block, whole
 PAIRS = 128
 """That one program of `place` finds places for."""
 TOKENS = 16
-"""Of a program that moves rows."""
+"""Of a program of `spread`, some columns of them."""
 COLUMNS = 256
 
 
@@ -104,15 +104,11 @@ def place(
     return places[:pairs].reshape(expert_ids.shape), Blocks(*table)
 
 
-def _rows_and_columns(tokens: int, columns: int, count: int):
-    """Of a program: i32 [tokens], whether they are inside of [count], and i32 [1, columns]."""
-    row = pl.program_id(0) * tokens + lax.broadcasted_iota(jnp.int32, (tokens,), 0)
-    column = pl.program_id(1) * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-    return row, row < count, column
-
-
 def _spread_kernel(x_ref, places_ref, out_ref, *, k: int, columns: int):
-    row, inside, column = _rows_and_columns(TOKENS, columns, x_ref.shape[0])
+    """Copies of some columns of some tokens, one for each of their places."""
+    row = pl.program_id(0) * TOKENS + lax.broadcasted_iota(jnp.int32, (TOKENS,), 0)
+    column = pl.program_id(1) * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    inside = row < x_ref.shape[0]
     x = plgpu.load(x_ref.at[row[:, None], column], mask=inside[:, None], other=0.0)
     for i in range(k):
         place = plgpu.load(places_ref.at[row * k + i], mask=inside, other=-1)
@@ -140,38 +136,3 @@ def spread(x: jax.Array, places: jax.Array, size: int, *, interpret: bool = Fals
         interpret=interpret,
         name="spread_rows",
     )(x, places.reshape(-1))
-
-
-def _combine_kernel(x_ref, places_ref, weights_ref, out_ref, *, k: int, columns: int):
-    row, inside, column = _rows_and_columns(TOKENS, columns, out_ref.shape[0])
-    total = jnp.zeros((TOKENS, columns), jnp.float32)
-    for i in range(k):
-        place = plgpu.load(places_ref.at[row * k + i], mask=inside, other=-1)
-        weight = plgpu.load(weights_ref.at[row * k + i], mask=inside, other=0.0)
-        live = (place >= 0)[:, None]
-        x = plgpu.load(x_ref.at[place[:, None], column], mask=live, other=0.0)
-        total += weight[:, None] * x.astype(jnp.float32)
-    at = out_ref.at[row[:, None], column]
-    plgpu.store(at, total.astype(out_ref.dtype), mask=inside[:, None])
-
-
-def combine(
-    x: jax.Array, places: jax.Array, weights: jax.Array, *, interpret: bool = False
-) -> jax.Array:
-    """[T, D]: for every token the sum of the rows at its places, weighted, in float32.
-
-    Args:
-        x: [size, D]; places: i32 [T, K], -1 for absent; weights: [T, K].
-    """
-    (t, k), d = places.shape, x.shape[1]
-    columns = largest_block(d, COLUMNS)
-    return pl.pallas_call(
-        functools.partial(_combine_kernel, k=k, columns=columns),
-        grid=(-(-t // TOKENS), d // columns),
-        in_specs=[whole(x.shape), *[whole((t * k,))] * 2],
-        out_specs=whole((t, d)),
-        out_shape=jax.ShapeDtypeStruct((t, d), x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="combine_rows",
-    )(x, places.reshape(-1), weights.astype(jnp.float32).reshape(-1))
