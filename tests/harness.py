@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,22 @@ KERNELS = Kernels(
     interpret=True,
 )
 """Every kernel, run as ordinary JAX operations."""
+
+
+def lowered_for_cuda(fn: Callable[..., object], *args: jax.ShapeDtypeStruct) -> str:
+    """The program for a GPU, as text; needs none."""
+    try:
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "AbstractDevice" not in str(error):
+            raise
+    # Newer versions ask which GPU: an abstract one will do.
+    device = jax.sharding.AbstractDevice(
+        platform="cuda", device_kind="NVIDIA H100 80GB HBM3", num_cores=None
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @dataclass(kw_only=True)

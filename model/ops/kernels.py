@@ -22,6 +22,7 @@ class Kernels:
         decode_attention, extend_attention: of MLA; GQA has the XLA definition only.
         mla_inputs: norm, rotation and cache write between MLA's projections and its attention.
         grouped_mlp: of the routed experts.
+        hopper: compute capability 9.0, for which experts of many rows have kernels of their own.
         routing: choosing and weighing experts.
         norm: RMSNorm by stacked weights.
         dense: products of a few rows with a layer of stacked weights.
@@ -41,6 +42,7 @@ class Kernels:
     dense: Implementation = "xla"
     unroll: int = 1
     prefixes: bool = True
+    hopper: bool = False
     interpret: bool = False
 
 

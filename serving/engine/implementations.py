@@ -10,6 +10,7 @@ import logging
 from collections.abc import Collection
 
 from model.config import ModelConfig
+from model.ops.grouped_mlp import hopper as hopper_kernels
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
 from model.ops.kernels import Implementation, Kernels
 from model.ops.mla_attention import extend as extend_kernels
@@ -27,11 +28,14 @@ def choose_kernels(
     layout: Layout,
     *,
     platform: str,
+    capability: str | None = None,
+    dtype: str = "bfloat16",
     fp8: Collection[str] = (),
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
 
     Args:
+        capability: compute capability of the GPUs, such as 9.0; dtype: of activations.
         fp8: paths of the parameters that stay in FP8 on the devices.
 
     Raises:
@@ -59,6 +63,14 @@ def choose_kernels(
     if experts == "pallas" and (reason := route_unsupported(model.hidden_size, model.num_groups)):
         routing = "xla"
         log.info("routing: xla, no kernel for it: %s", reason)
+    hopper = False
+    if experts == "pallas":
+        reason = _no_hopper(model, layout, capability, dtype)
+        hopper = reason is None
+        log.info(
+            "experts of many rows: %s",
+            "kernels for Hopper" if hopper else f"those of few rows, because {reason}",
+        )
     kernels = Kernels(
         decode_attention=attention,
         extend_attention=extend,
@@ -68,6 +80,7 @@ def choose_kernels(
         norm=attention,
         dense=attention,
         unroll=config.layer_unroll or 1,
+        hopper=hopper,
     )
     if kernels.dense == "pallas" and any(".experts." not in path for path in fp8):
         log.info("dense products with weights that stay in FP8: xla, the kernel takes none")
@@ -102,5 +115,17 @@ def _no_attention(model: ModelConfig) -> str | None:
 def _no_experts(model: ModelConfig, layout: Layout, *, fp8_experts: bool) -> str | None:
     if fp8_experts:
         return "the experts' weights stay in FP8 (--fp8-weights dequantize makes them bfloat16)"
-    inner = padded_sizes(model, layout).expert_intermediate // layout.size(layout.moe_tp)
-    return grouped_mlp_kernels.unsupported(model.hidden_size, inner)
+    return grouped_mlp_kernels.unsupported(model.hidden_size, _inner(model, layout))
+
+
+def _inner(model: ModelConfig, layout: Layout) -> int:
+    """Width of an expert on a device."""
+    return padded_sizes(model, layout).expert_intermediate // layout.size(layout.moe_tp)
+
+
+def _no_hopper(
+    model: ModelConfig, layout: Layout, capability: str | None, dtype: str
+) -> str | None:
+    if capability != "9.0":
+        return f"other kernels need compute capability 9.0, not {capability or 'an unknown one'}"
+    return hopper_kernels.unsupported(model.hidden_size, _inner(model, layout), dtype)

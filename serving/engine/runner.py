@@ -173,6 +173,8 @@ class ModelRunner:
             model,
             layout,
             platform=self.platform,
+            capability=getattr(self.mesh.devices.flat[0], "compute_capability", None),
+            dtype=str(self.dtype),
             fp8=source.fp8,
         )
         self._log_fp8(source)

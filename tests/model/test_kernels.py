@@ -34,7 +34,7 @@ from model.ops.mla_attention.inputs import finish_inputs
 from model.ops.routing import unsupported as routing_unsupported
 from model.rope import apply_rope
 from tests.fixtures import DATA
-from tests.harness import KERNELS
+from tests.harness import KERNELS, lowered_for_cuda
 
 LAYERS, PAGES, LATENT, ROPE, NOPE, VALUE = 2, 120, 32, 16, 16, 32
 SCALE = 0.21
@@ -339,21 +339,6 @@ def test_routing_equals_its_twin(rng, name, few, monkeypatch):
     ids, weights = route(jnp.dot(x, stack[1], precision="highest"), bias, config)
     np.testing.assert_array_equal(got[0], ids)
     np.testing.assert_allclose(got[1], weights, rtol=1e-4)
-
-
-def lowered_for_cuda(fn, *args):
-    try:
-        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    except RuntimeError as error:
-        if "AbstractDevice" not in str(error):
-            raise
-    # Newer versions ask which GPU: an abstract one will do.
-    device = jax.sharding.AbstractDevice(
-        platform="cuda", device_kind="NVIDIA H100 80GB HBM3", num_cores=None
-    )
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -1,10 +1,13 @@
-"""The experts' SwiGLU over tokens grouped by expert: `xla` defines it, `pallas` is for GPUs."""
+"""The experts' SwiGLU over tokens grouped by expert.
+
+`xla` defines it, `pallas` is for GPUs, `hopper` for many rows on one kind of them.
+"""
 
 from __future__ import annotations
 
 import jax
 
-from model.ops.grouped_mlp import pallas, xla
+from model.ops.grouped_mlp import hopper, pallas, xla
 from model.ops.kernels import XLA, Kernels
 from model.quantization import BlockFP8
 
@@ -27,7 +30,8 @@ def grouped_mlp(
         weights: f32 [T, K].
         w1: [L, E, D, 2, F], gate and up of all layers; w2: [L, E, F, D].
         layer: i32 scalar: the stacks are indexed here, so that no layer is ever sliced out.
-        kernels: which implementation; the one in Pallas takes no FP8 weights.
+        kernels: which implementation; those in Pallas take no FP8 weights. `hopper` is meant for
+            weights that its kernels can take (`hopper.unsupported`).
 
     Returns:
         [T, D] in x's dtype, summed in float32.
@@ -36,4 +40,8 @@ def grouped_mlp(
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
     if isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8):
         raise TypeError("the Pallas grouped matmul takes no FP8 weights")
+    if kernels.hopper and expert_ids.size >= hopper.LEAST_LOAD * w1.shape[1]:
+        return hopper.grouped_mlp(
+            x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret
+        )
     return pallas.grouped_mlp(x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret)

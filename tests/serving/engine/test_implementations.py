@@ -15,15 +15,26 @@ from sharding.layout import make_layout
 from tests.fixtures import DATA
 
 
-def choose(name, platform="cuda", layout=(1, 1, 1), fp8=(), **flags):
+def choose(
+    name, platform="cuda", layout=(1, 1, 1), capability="8.0", dtype="bfloat16", fp8=(), **flags
+):
     model = ModelConfig.from_folder(DATA / name)
-    config = ServerConfig(**flags)
-    return choose_kernels(config, model, make_layout(*layout), platform=platform, fp8=fp8)
+    if capability == "9.0":  # sizes that its kernels take
+        model = dataclasses.replace(model, hidden_size=512, moe_intermediate_size=256)
+    return choose_kernels(
+        ServerConfig(**flags),
+        model,
+        make_layout(*layout),
+        platform=platform,
+        capability=capability,
+        dtype=dtype,
+        fp8=fp8,
+    )
 
 
 def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
     pallas = {field.name for field in dataclasses.fields(Kernels)} - {
-        *("unroll", "prefixes", "interpret")
+        *("unroll", "prefixes", "hopper", "interpret")
     }
     chosen = choose("deepseek_v2_lite")
     assert all(getattr(chosen, name) == "pallas" for name in pallas)
@@ -45,6 +56,18 @@ def test_what_has_no_kernel_runs_in_xla_and_the_log_says_so(caplog):
 def test_widths_are_those_of_a_device():
     assert choose("deepseek_v2_lite", layout=(2, 1, 1)).grouped_mlp == "pallas"  # 32 / 2
     assert choose("deepseek_v2_lite", layout=(4, 1, 1)).grouped_mlp == "xla"  # 32 / 4
+
+
+def test_hopper_gpus_get_kernels_of_their_own_for_experts_of_many_rows(caplog):
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        assert choose("deepseek_v2_lite", capability="9.0").hopper
+        assert choose("deepseek_v2_lite", capability="9.0", layout=(2, 1, 1)).hopper  # 256 / 2
+        assert not choose("deepseek_v2_lite", capability="9.0", layout=(4, 1, 1)).hopper
+        assert not choose("deepseek_v2_lite", capability="9.0", dtype="float32").hopper
+        assert not choose("deepseek_v2_lite", capability="10.0").hopper
+        assert not choose("deepseek_v2_lite", capability="9.0", moe_runner_backend="xla").hopper
+    for text in ("rows: kernels for Hopper", "expert width 64", "not float32", "9.0, not 10.0"):
+        assert text in caplog.text
 
 
 def test_a_back_end_asked_for_by_name_is_taken_or_refused():

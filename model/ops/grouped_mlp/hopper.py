@@ -1,0 +1,272 @@
+"""The experts' SwiGLU of many rows on Hopper GPUs: Mosaic kernels for products, Triton around them.
+
+The tensor memory accelerator copies boxes, no scattered rows. So every token's row is first spread
+to places of its experts, which have blocks of `ROWS` of them, the last one partly used. Two
+persistent kernels compute gate and up with SiLU, then down, a tile of a block and some columns
+after the other. XLA sums every token's weighted results from their places, fused with what follows.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mgpu
+
+from model.ops.grouped_mlp import placing
+
+try:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+except ImportError:  # jax 0.10 has it, but does not export it
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+WARPGROUPS = 2
+"""That multiply, each a part of a tile's rows; one more copies."""
+PART = 64
+ROWS = WARPGROUPS * PART
+HALF = 128
+"""Columns of an accumulator; a tile has two: gate and up, or neighbours."""
+DEPTH = 64
+"""Contracted numbers of a step: 128 bytes, as wide as shared memory is swizzled."""
+STAGES = 4
+"""Steps in shared memory: 48 of its 227 KiB each, beside 32 for results."""
+COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
+"""Of a thread: 128 times the first and twice the second are the 64 Ki that there are."""
+PROCESSORS = 132
+"""Of an H100 SXM or H200. Where there are fewer, some programs wait for others to end."""
+LAYOUT = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
+LEAST_LOAD = 64
+"""Pairs of an expert, in the mean, from which these kernels are faster than those for all GPUs.
+
+They win at 72 and lose at 36 (docs/performance.md)."""
+
+
+def unsupported(width: int, inner: int, dtype: str) -> str | None:
+    """Why the kernels cannot take experts of [width, inner] in `dtype`; None if they can."""
+    if dtype != "bfloat16":
+        return f"kernels for Hopper multiply bfloat16, not {dtype}"
+    if width % (2 * HALF) or inner % HALF:
+        return (
+            f"for Hopper, width {width} must be a multiple of {2 * HALF} and expert width {inner} "
+            f"one of {HALF}"
+        )
+    return None
+
+
+class _Ring(NamedTuple):
+    """Steps on their way from the warpgroup that copies to those that multiply.
+
+    Attributes:
+        x: [STAGES, ROWS, DEPTH]; w: [STAGES, 2, DEPTH, HALF].
+        ready, free: barriers [STAGES]: a step is there; all have multiplied it.
+    """
+
+    x: jax.Array
+    w: jax.Array
+    ready: jax.Array
+    free: jax.Array
+
+
+def _copy_tile(ring: _Ring, x_ref, w_ref, step, first_row, first_depth, columns) -> None:
+    """All steps of a tile, the first one being number `step` of the program's.
+
+    `first_row` of x; `first_depth`, the expert's first row of w; `columns`, where halves begin.
+    """
+
+    def body(k, carry):
+        slot, depth = lax.rem(step + k, STAGES), k * DEPTH
+        mgpu.barrier_wait(ring.free.at[slot])
+        x = x_ref.at[pl.ds(first_row, ROWS), pl.ds(depth, DEPTH)]
+        mgpu.copy_gmem_to_smem(x, ring.x.at[slot], ring.ready.at[slot])
+        for i, column in enumerate(columns):
+            w = w_ref.at[pl.ds(first_depth + depth, DEPTH), pl.ds(column, HALF)]
+            mgpu.copy_gmem_to_smem(w, ring.w.at[slot, i], ring.ready.at[slot])
+        return carry
+
+    lax.fori_loop(0, x_ref.shape[1] // DEPTH, body, None)
+
+
+def _multiply_tile(ring: _Ring, group, step, steps: int) -> tuple[jax.Array, jax.Array]:
+    """f32 [PART, HALF] twice: a warpgroup's rows times both halves of the columns."""
+
+    def product(first, second):
+        def body(k, carry):
+            slot = lax.rem(step + k, STAGES)
+            mgpu.barrier_wait(ring.ready.at[slot])
+            x = ring.x.at[slot, pl.ds(group * PART, PART)]
+            mgpu.wgmma(first, x, ring.w.at[slot, 0])
+            mgpu.wgmma(second, x, ring.w.at[slot, 1])
+            mgpu.wgmma_wait(2)  # the products of the step before are done
+
+            @pl.when(k > 0)
+            def _() -> None:
+                mgpu.barrier_arrive(ring.free.at[lax.rem(step + k - 1, STAGES)])
+
+            return carry
+
+        lax.fori_loop(0, steps, body, None)
+        mgpu.wgmma_wait(0)
+        mgpu.barrier_arrive(ring.free.at[lax.rem(step + steps - 1, STAGES)])
+        return first[...], second[...]
+
+    accumulator = mgpu.ACC((PART, HALF), jnp.float32)
+    return pl.run_scoped(product, accumulator, accumulator)
+
+
+def _skip_tile(ring: _Ring, step, steps: int) -> None:
+    def body(k, carry):
+        slot = lax.rem(step + k, STAGES)
+        mgpu.barrier_wait(ring.ready.at[slot])
+        mgpu.barrier_arrive(ring.free.at[slot])
+        return carry
+
+    lax.fori_loop(0, steps, body, None)
+
+
+def _tiles_kernel(
+    x_ref,
+    w_ref,
+    expert_ref,
+    rows_ref,
+    used_ref,
+    layer_ref,
+    out_ref,
+    x_smem,
+    w_smem,
+    out_smem,
+    ready,
+    free,
+    *,
+    experts: int,
+    gated: bool,
+) -> None:
+    """Every program's tiles of out: x @ w, or with `gated` silu(x @ gate) * (x @ up).
+
+    x [blocks * ROWS, depth], w [layers * experts * depth, columns], expert and rows i32 [blocks],
+    out_smem [WARPGROUPS, PART, HALF].
+    """
+    ring = _Ring(x_smem, w_smem, ready, free)
+    depth, width = x_ref.shape[1], out_ref.shape[1]
+    steps, halves = depth // DEPTH, 1 if gated else 2
+    columns = width // (halves * HALF)
+    me, group = lax.axis_index("processor"), lax.axis_index("warpgroup")
+    mine = lax.div(used_ref[0] * columns - me + PROCESSORS - 1, PROCESSORS)
+
+    def for_tiles(do: Callable) -> None:
+        """Programs side by side take columns of one block: they share x, and experts are few."""
+
+        def body(i, carry):
+            number = me + i * PROCESSORS
+            do(lax.div(number, columns), lax.rem(number, columns), i * steps)
+            return carry
+
+        lax.fori_loop(0, mine, body, None)
+
+    def copy(block, column, step) -> None:
+        first_depth = (layer_ref[0] * experts + expert_ref[block]) * depth
+        at = column * halves * HALF
+        other = at + (width if gated else HALF)
+        _copy_tile(ring, x_ref, w_ref, step, block * ROWS, first_depth, (at, other))
+
+    def compute(block, column, step) -> None:
+        first, second = _multiply_tile(ring, group, step, steps)
+        gate = 1 / (1 + jnp.exp(-first))
+        results = (first * gate * second,) if gated else (first, second)
+        for i, result in enumerate(results):
+            mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[group] = result.astype(out_smem.dtype)
+            mgpu.commit_smem()
+            rows = pl.ds(block * ROWS + group * PART, PART)
+            at = pl.ds((column * halves + i) * HALF, HALF)
+            mgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[rows, at])
+
+    def compute_or_skip(block, column, step) -> None:
+        lax.cond(
+            rows_ref[block] > group * PART,
+            lambda: compute(block, column, step),
+            lambda: _skip_tile(ring, step, steps),
+        )
+
+    @pl.when(group == WARPGROUPS)
+    def _() -> None:
+        mgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
+        for_tiles(copy)
+        for slot in range(STAGES):
+            mgpu.barrier_wait(free.at[slot])
+
+    @pl.when(group < WARPGROUPS)
+    def _() -> None:
+        mgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
+        for slot in range(STAGES):
+            mgpu.barrier_arrive(free.at[slot])
+        for_tiles(compute_or_skip)
+        mgpu.wait_smem_to_gmem(0)
+
+
+def _tiles(
+    x: jax.Array,
+    w: jax.Array,
+    blocks: placing.Blocks,
+    layer: jax.Array,
+    width: int,
+    *,
+    gated: bool,
+    interpret: bool,
+) -> jax.Array:
+    """[blocks * ROWS, width], see `_tiles_kernel`; w is [L, E, depth, columns]."""
+    return mgpu.kernel(
+        functools.partial(_tiles_kernel, experts=w.shape[1], gated=gated),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
+        scratch_types=[
+            mgpu.SMEM((STAGES, ROWS, DEPTH), x.dtype, transforms=LAYOUT),
+            mgpu.SMEM((STAGES, 2, DEPTH, HALF), x.dtype, transforms=LAYOUT),
+            mgpu.SMEM((WARPGROUPS, PART, HALF), x.dtype, transforms=LAYOUT),
+            mgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+            mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+        ],
+        grid=(PROCESSORS,),
+        grid_names=("processor",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=mgpu.CompilerParams(
+            approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Warpgroup
+        ),
+        kernel_name="experts_gate_up" if gated else "experts_down",
+        interpret=InterpretGPUParams() if interpret else None,
+    )(x, w.reshape(-1, w.shape[-1]), *blocks, layer)
+
+
+def grouped_mlp(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    layer: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `model.ops.grouped_mlp.grouped_mlp`."""
+    d, (layers, experts, _, _, f) = x.shape[1], w1.shape
+    places, blocks = placing.place(expert_ids, experts, ROWS, interpret=interpret)
+    layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
+    size = placing.most_blocks(expert_ids.size, experts, ROWS) * ROWS
+    grouped = placing.spread(x, places, size, interpret=interpret)
+    product = functools.partial(_tiles, interpret=interpret)
+    gate_up = w1.reshape(layers, experts, d, 2 * f)
+    inner = product(grouped, gate_up, blocks, layer, f, gated=True)
+    out = product(inner, w2, blocks, layer, d, gated=False)
+
+    def weighted(place: jax.Array, weight: jax.Array) -> jax.Array:
+        """Every token's result at its place, 0 without: what stands there is not to be used."""
+        row = out.at[jnp.maximum(place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
+        return jnp.where(place[:, None] >= 0, row * weight[:, None].astype(jnp.float32), 0)
+
+    # Additions in a row fuse with what follows; a reduction is a kernel of its own.
+    return functools.reduce(operator.add, map(weighted, places.T, weights.T)).astype(x.dtype)
