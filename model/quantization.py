@@ -56,15 +56,20 @@ class BlockFP8:
         return (self.data.astype(jnp.float32) * scale).astype(self.dtype)
 
 
-def layer_weight(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array:
-    """`stack[index]` of the leading dimensions, dequantised: what a kernel multiplies with."""
+def layer_of(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array | BlockFP8:
+    """`stack[index]` of the leading dimensions."""
 
     def one(array: jax.Array) -> jax.Array:
         rest = array.shape[len(index) :]
         start = (*index, *(0 for _ in rest))
         return jax.lax.dynamic_slice(array, start, (*(1 for _ in index), *rest)).reshape(rest)
 
-    return jax.tree.map(one, stack)[...]
+    return jax.tree.map(one, stack)
+
+
+def layer_weight(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array:
+    """`stack[index]` of the leading dimensions, dequantised: what XLA multiplies with."""
+    return layer_of(stack, *index)[...]
 
 
 def saturating_cast(x: jax.Array, dtype: Any) -> jax.Array:

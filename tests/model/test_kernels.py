@@ -17,11 +17,13 @@ from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
 from model.layers import rms_norm
 from model.moe import route
-from model.ops import norm, routing
+from model.ops import dense, norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
 from model.ops.kernels import XLA
+from model.ops.matrices import Matrices
+from model.ops.matrices import unsupported as fp8_unsupported
 from model.ops.mla_attention import (
     decode,
     decode_attention,
@@ -32,6 +34,7 @@ from model.ops.mla_attention import (
 from model.ops.mla_attention.heads import per_head
 from model.ops.mla_attention.inputs import finish_inputs
 from model.ops.routing import unsupported as routing_unsupported
+from model.quantization import FP8, BlockFP8
 from model.rope import apply_rope
 from tests.fixtures import DATA
 from tests.harness import KERNELS
@@ -227,8 +230,78 @@ def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs):
 
 def test_blocks_follow_the_mean_load():
     assert [block_rows(6 * t, 64) for t in (1, 64, 128, 256, 2048)] == [16, 16, 16, 32, 128]
-    t = tiles(16, 1408, 2048, 2, gated=True)
+    shape = jax.ShapeDtypeStruct((26, 64, 2048, 2, 1408), jnp.bfloat16)
+    w1 = jax.eval_shape(lambda w: Matrices.of(w, 2, 1), shape)
+    t = tiles(16, w1, 2, gated=True)
     assert (1408 % t.columns, 2048 % t.depth) == (0, 0)
+
+
+def quantised(rng, shape, block):
+    """A random weight in FP8 blocks (the last ones partial), most of its factors far apart."""
+    lead = len(shape) - len(block)
+    steps = (1,) * lead + block
+    scale = 0.02 * 2.0 ** rng.integers(
+        -4, 5, [-(-n // b) for n, b in zip(shape, steps, strict=True)]
+    )
+    return BlockFP8(
+        data=jnp.asarray(rng.standard_normal(shape) * 4, jnp.float32).astype(FP8),
+        scale=jnp.asarray(scale, jnp.float32),
+        block=block,
+        dtype=jnp.dtype(jnp.float32),
+    )
+
+
+FP8_BLOCKS = [(128, 128), (32, 16), (16, 64), (48, 32)]  # partial, dividing, coarser than it is
+
+
+@pytest.mark.parametrize("block", FP8_BLOCKS)
+@pytest.mark.parametrize(("tokens", "absent"), [(1, 0), (20, 0.5), (300, 0.3), (9, 1)])
+def test_grouped_mlp_reads_fp8(rng, block, tokens, absent):
+    """Few rows (factors on the products) and many (on the weights), ragged, some experts idle."""
+    width, inner, experts = 96, 160, 5
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
+    w1 = quantised(rng, (2, experts, width, 2, inner), (1, block[0], 1, block[1]))
+    w2 = quantised(rng, (2, experts, inner, width), (1, *block))
+    ids = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
+    ids[(rng.random(ids.shape) < absent) | (ids == 3)] = -1
+    weights = jnp.asarray(rng.random((tokens, 3)), jnp.float32)
+    args = (x, jnp.asarray(ids), weights, w1, w2, jnp.int32(1))
+    got, want = grouped_mlp(*args, kernels=KERNELS), grouped_mlp(*args)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    assert (np.asarray(want) != 0).any() == bool((ids >= 0).any())
+
+
+@pytest.mark.parametrize("block", FP8_BLOCKS)
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize(
+    ("inside", "outside"), [((288,), (2, 176)), ((3, 96), (160,)), ((96,), (3, 192))]
+)
+def test_products_read_fp8(rng, block, rows, inside, outside):
+    of_stack = (1,) * (len(inside) - 1) + block[:1] + (1,) * (len(outside) - 1) + block[1:]
+    stack = quantised(rng, (3, *inside, *outside), of_stack)
+    weight = StackedWeight(stack=stack, layer=jnp.int32(2))
+    assert dense.pallas.unsupported(stack, len(inside)) is None
+    x = jnp.asarray(rng.standard_normal((rows, *inside)), jnp.float32)
+    got, want = (matmul(x, weight, len(inside), k) for k in (KERNELS, XLA))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_fp8_and_plain_weights_share_a_kernel(rng):
+    x = jnp.asarray(rng.standard_normal((5, 128)), jnp.float32)
+    plain = jnp.asarray(rng.standard_normal((3, 128, 80)), jnp.float32)
+    stacks = quantised(rng, (3, 128, 2, 48), (64, 1, 48)), plain
+    weights = [StackedWeight(stack=stack, layer=jnp.int32(1)) for stack in stacks]
+    for parts, weight in zip(matmul_parts(x, weights, 1, KERNELS), weights, strict=True):
+        want = matmul(x, weight, 1, XLA)
+        np.testing.assert_allclose(parts.sum(axis=0), want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((96, 96), (12, 20)), ((96, 2, 40), (32, 1, 32)), ((96, 96), (1, 32))]
+)
+def test_fp8_blocks_that_kernels_cannot_cut_are_named(shape, block):
+    assert "not multiples of 16" in fp8_unsupported(shape, block)
+    assert fp8_unsupported((4, 7168, 2, 2048), (128, 1, 128)) is None
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,11 @@ def grouped_mlp(
         weights: f32 [T, K].
         w1: [L, E, D, 2, F], gate and up of all layers; w2: [L, E, F, D].
         layer: i32 scalar: the stacks are indexed here, so that no layer is ever sliced out.
-        kernels: which implementation; the one in Pallas takes no FP8 weights.
+        kernels: which implementation.
 
     Returns:
         [T, D] in x's dtype, summed in float32.
     """
     if kernels.grouped_mlp == "xla":
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
-    if isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8):
-        raise TypeError("the Pallas grouped matmul takes no FP8 weights")
     return pallas.grouped_mlp(x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret)

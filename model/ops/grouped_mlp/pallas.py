@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.ops.kernels import largest_block, whole
+from model.ops.matrices import MIN_BLOCK, Matrices, in_reach
+from model.quantization import BlockFP8
 
-MIN_BLOCK = 16
-"""Triton multiplies no smaller matrices."""
 FEW_PAIRS = 4096
 """Up to so many, programs that sort 64 of them are faster than some that sort 128."""
 
@@ -52,10 +52,10 @@ def block_rows(pairs: int, experts: int) -> int:
     return rows
 
 
-def tiles(rows: int, columns: int, contracted: int, itemsize: int, *, gated: bool) -> Tiles:
+def tiles(rows: int, w: Matrices, itemsize: int, *, gated: bool) -> Tiles:
     """Sizes that were fastest on an H100 (docs/performance.md), as far as they divide the matrix.
 
-    `gated`: two matrices share the block's columns.
+    `gated`: two matrices share the block's columns. `itemsize`: of activations.
     """
     if rows >= 64:
         most_columns, most_depth, warps, stages = (128 if gated else 256), 64, 8, 4
@@ -63,15 +63,12 @@ def tiles(rows: int, columns: int, contracted: int, itemsize: int, *, gated: boo
             most_columns, warps = 128, 4 if not gated else 8
     else:
         most_columns, most_depth, warps, stages = (64 if gated else 128), 64, 4, 4
+        if w.scale is not None:
+            most_depth = 128
     if itemsize > 2:  # half the tile: shared memory is counted in bytes
         most_columns, most_depth, stages = most_columns // 2, most_depth // 2, 2
-    return Tiles(
-        rows,
-        largest_block(columns, most_columns),
-        largest_block(contracted, most_depth),
-        warps,
-        stages,
-    )
+    columns = largest_block(w.inner[1], w.columns(most_columns))  # of gate or of up
+    return Tiles(rows, columns, w.depth(most_depth), warps, stages)
 
 
 class _Block(NamedTuple):
@@ -97,28 +94,26 @@ def _find_block(counts_ref, index, rows: int) -> _Block:
     return _Block(index < jnp.max(ends), expert, first_pair + inside, inside < count)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _gate_up_kernel(x_ref, w_ref, order_ref, counts_ref, layer_ref, out_ref, *, k: int, t: Tiles):
+def _gate_up_kernel(
+    x_ref, w: Matrices, order_ref, counts_ref, layer_ref, out_ref, *, k: int, t: Tiles
+):
     """out [rows, columns] = silu(x @ gate) * (x @ up) of a block's tokens."""
     block, first = _find_block(counts_ref, pl.program_id(1), t.rows), pl.program_id(0) * t.columns
 
     @pl.when(block.used)
     def _() -> None:
-        layer, column = layer_ref[0], pl.ds(first, t.columns)
+        matrix, width = layer_ref[0] + block.expert, w.shape[2] // 2
         pairs = plgpu.load(order_ref.at[block.places], mask=block.live, other=0)
         token = pairs // k
 
         def body(i, carry):
-            gate, up = carry
-            depth = pl.ds(i * t.depth, t.depth)
-            at = i * t.depth + lax.broadcasted_iota(jnp.int32, (1, t.depth), 1)
+            row = i * t.depth
+            at = row + lax.broadcasted_iota(jnp.int32, (1, t.depth), 1)
             x = x_ref[token[:, None], at]
-            w_gate = w_ref[layer, block.expert, depth, 0, column]
-            w_up = w_ref[layer, block.expert, depth, 1, column]
-            return gate + _dot(x, w_gate), up + _dot(x, w_up)
+            return tuple(
+                w.add_product(total, x, matrix, row, column)
+                for total, column in zip(carry, (first, width + first), strict=True)
+            )
 
         zero = jnp.zeros((t.rows, t.columns), jnp.float32)
         gate, up = lax.fori_loop(0, x_ref.shape[1] // t.depth, body, (zero, zero))
@@ -128,7 +123,7 @@ def _gate_up_kernel(x_ref, w_ref, order_ref, counts_ref, layer_ref, out_ref, *, 
 
 def _down_kernel(
     h_ref,
-    w_ref,
+    w: Matrices,
     weight_ref,
     order_ref,
     counts_ref,
@@ -142,13 +137,12 @@ def _down_kernel(
 
     @pl.when(block.used)
     def _() -> None:
-        layer, column = layer_ref[0], pl.ds(first, t.columns)
+        matrix = layer_ref[0] + block.expert
         pairs = plgpu.load(order_ref.at[block.places], mask=block.live, other=0)
 
         def body(i, total):
-            depth = pl.ds(i * t.depth, t.depth)
-            h = h_ref[:, depth]
-            return total + _dot(h, w_ref[layer, block.expert, depth, column])
+            h = h_ref[:, pl.ds(i * t.depth, t.depth)]
+            return w.add_product(total, h, matrix, i * t.depth, first)
 
         zero = jnp.zeros((t.rows, t.columns), jnp.float32)
         total = lax.fori_loop(0, h_ref.shape[1] // t.depth, body, zero)
@@ -226,8 +220,8 @@ def grouped_mlp(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    w1: jax.Array,
-    w2: jax.Array,
+    w1: jax.Array | BlockFP8,
+    w2: jax.Array | BlockFP8,
     layer: jax.Array,
     *,
     interpret: bool = False,
@@ -239,34 +233,43 @@ def grouped_mlp(
     rows = block_rows(pairs, experts)
     blocks = -(-pairs // rows) + min(experts, pairs)
     order, counts = sort_pairs(expert_ids.reshape(-1), experts, interpret=interpret)
-    layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
 
-    first = tiles(rows, f, d, x.dtype.itemsize, gated=True)
+    def stacked(stack: jax.Array | BlockFP8) -> tuple[Matrices, jax.Array]:
+        """All experts of all layers, and where the layer's begin."""
+        stack, index = in_reach(stack, layer)
+        begin = jnp.reshape(index, (1,)).astype(jnp.int32) * experts
+        return Matrices.of(stack, 2, 1), begin
+
+    gate_up, begin = stacked(w1)
+    first = tiles(rows, gate_up, x.dtype.itemsize, gated=True)
+    others = (order, counts, begin)
     inner = pl.pallas_call(
         functools.partial(_gate_up_kernel, k=k, t=first),
         grid=(f // first.columns, blocks),
-        in_specs=[whole(a.shape) for a in (x, w1, order, counts, layer)],
+        in_specs=[whole(x.shape), gate_up.specs, *(whole(a.shape) for a in others)],
         out_specs=pl.BlockSpec((rows, first.columns), lambda j, i: (i, j)),
         out_shape=jax.ShapeDtypeStruct((blocks * rows, f), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=first.warps, num_stages=first.stages),
         interpret=interpret,
         name="experts_gate_up",
-    )(x, w1, order, counts, layer)
-    second = tiles(rows, d, f, x.dtype.itemsize, gated=False)
-    flat_weights = weights.astype(jnp.float32).reshape(-1)
+    )(x, gate_up, *others)
+    down, begin = stacked(w2)
+    second = tiles(rows, down, x.dtype.itemsize, gated=False)
+    others = (weights.astype(jnp.float32).reshape(-1), order, counts, begin)
     out = pl.pallas_call(
         functools.partial(_down_kernel, t=second),
         grid=(d // second.columns, blocks),
         in_specs=[
             pl.BlockSpec((rows, f), lambda j, i: (i, 0)),
-            *(whole(a.shape) for a in (w2, flat_weights, order, counts, layer)),
+            down.specs,
+            *(whole(a.shape) for a in others),
         ],
         out_specs=whole((pairs, d)),
         out_shape=jax.ShapeDtypeStruct((pairs, d), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=second.warps, num_stages=second.stages),
         interpret=interpret,
         name="experts_down",
-    )(inner, w2, flat_weights, order, counts, layer)
+    )(inner, down, *others)
     # Absent pairs were never written. Additions in a row fuse with what follows; a reduction is
     # a kernel of its own.
     out = jnp.where((expert_ids >= 0)[..., None], out.reshape(t, k, d), 0).astype(jnp.float32)
