@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from model.ops.kernels import largest_block, whole
@@ -119,11 +120,16 @@ class Matrices:
         tile = self.data[matrix, pl.ds(row, depth), pl.ds(column, columns)]
         if self.scale is None:
             return total + _dot(x, tile)
-        down, across = row % self.inner[0] // self.block[0], column % self.inner[1] // self.block[1]
-        factor = self.scale[matrix, row // self.inner[0], down, column // self.inner[1], across]
+        factor = self.scale[matrix, *self._block(0, row), *self._block(1, column)]
         if rows < MANY_ROWS:
             return total + _dot(x, tile.astype(x.dtype)) * factor
         return total + _dot(x, (tile.astype(jnp.float32) * factor).astype(x.dtype))
+
+    def _block(self, axis: int, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where in `scale` the factor of K's (0) or N's (1) number `at` stands."""
+        inner, block = jnp.int32(self.inner[axis]), jnp.int32(self.block[axis])
+        # Not // and %, which care for signs and which Triton's lowering refuses in part.
+        return lax.div(at, inner), lax.div(lax.rem(at, inner), block)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
