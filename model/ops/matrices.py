@@ -36,16 +36,21 @@ def unsupported(shape: tuple[int, ...], block: tuple[int, ...]) -> str | None:
     return None
 
 
+def out_of_reach(size: int) -> bool:
+    """Whether kernels would miss some of an array of that many numbers of one byte.
+
+    Pallas (Triton) computes offsets in signed 32 bits for arrays of up to 4 GiB, so it would look
+    for what lies beyond 2 GiB in front of the array. For larger ones it takes 64 bits.
+    """
+    return 2**31 < size <= 2**32
+
+
 def in_reach(
     stack: jax.Array | BlockFP8, layer: jax.Array
 ) -> tuple[jax.Array | BlockFP8, jax.Array]:
-    """The stack and the index of the layer in it, or a copy of the layer and 0.
-
-    Pallas (Triton) computes offsets in signed 32 bits up to 4 GiB, so numbers of one byte beyond
-    the first 2 GiB would be looked for in front of the array. Beyond 4 GiB it takes 64 bits.
-    """
-    data = stack.data if isinstance(stack, BlockFP8) else stack
-    if data.dtype.itemsize > 1 or not 2**31 < data.size <= 2**32:
+    """The stack and the index of the layer in it; if it is `out_of_reach`, a copy of the layer and
+    0."""
+    if not isinstance(stack, BlockFP8) or not out_of_reach(stack.data.size):
         return stack, layer
     return jax.tree.map(lambda a: a[None], layer_of(stack, layer)), jnp.int32(0)
 

@@ -7,16 +7,20 @@ refused; `auto` takes kernels where they can run, and the log says why where the
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import math
+from collections.abc import Mapping
 
 from model.config import ModelConfig
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
 from model.ops.kernels import Implementation, Kernels
+from model.ops.matrices import out_of_reach
+from model.ops.matrices import unsupported as fp8_unsupported
 from model.ops.mla_attention import extend as extend_kernels
 from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
 from sharding.rules import padded_sizes
+from sharding.step import FP8Blocks
 
 log = logging.getLogger("meshserve.engine")
 
@@ -27,16 +31,18 @@ def choose_kernels(
     layout: Layout,
     *,
     platform: str,
-    fp8: Collection[str] = (),
+    fp8: Mapping[str, FP8Blocks] | None = None,
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
 
     Args:
-        fp8: paths of the parameters that stay in FP8 on the devices.
+        fp8: the parameters that stay in FP8 on the devices, see `ModelSpec.fp8_blocks`.
 
     Raises:
         ConfigError: a back end asked for by name cannot run this model here.
     """
+    fp8 = fp8 or {}
+    refused = {path: why for path, (s, b) in fp8.items() if (why := fp8_unsupported(s, b))}
     here = None if platform in ("cuda", "gpu") else f"they need an NVIDIA GPU, this is {platform}"
     attention = _chosen(
         "--attention-backend", config.attention_backend, here or _no_attention(model)
@@ -46,7 +52,7 @@ def choose_kernels(
         experts = _chosen(
             "--moe-runner-backend",
             config.moe_runner_backend,
-            here or _no_experts(model, layout, fp8_experts=any(".experts." in p for p in fp8)),
+            here or _no_experts(model, layout, refused),
         )
     extend: Implementation = attention
     if attention == "pallas" and config.enable_deterministic_inference:
@@ -56,7 +62,7 @@ def choose_kernels(
             "--enable-deterministic-inference excludes"
         )
     routing: Implementation = experts
-    if experts == "pallas" and (reason := route_unsupported(model.hidden_size, model.num_groups)):
+    if experts == "pallas" and (reason := route_unsupported(model.hidden_size)):
         routing = "xla"
         log.info("routing: xla, no kernel for it: %s", reason)
     kernels = Kernels(
@@ -69,8 +75,8 @@ def choose_kernels(
         dense=attention,
         unroll=config.layer_unroll or 1,
     )
-    if kernels.dense == "pallas" and any(".experts." not in path for path in fp8):
-        log.info("dense products with weights that stay in FP8: xla, the kernel takes none")
+    if kernels.dense == "pallas":
+        _log_fp8(fp8, refused)
     log.info(
         "decode attention: %s, extend attention: %s, experts: %s, routing: %s, dense products of "
         "few rows: %s",
@@ -99,8 +105,23 @@ def _no_attention(model: ModelConfig) -> str | None:
     )
 
 
-def _no_experts(model: ModelConfig, layout: Layout, *, fp8_experts: bool) -> str | None:
-    if fp8_experts:
-        return "the experts' weights stay in FP8 (--fp8-weights dequantize makes them bfloat16)"
+def _no_experts(model: ModelConfig, layout: Layout, refused: Mapping[str, str]) -> str | None:
+    for path, reason in refused.items():
+        if ".experts." in path:
+            return f"{reason} (--fp8-weights dequantize makes them bfloat16)"
     inner = padded_sizes(model, layout).expert_intermediate // layout.size(layout.moe_tp)
     return grouped_mlp_kernels.unsupported(model.hidden_size, inner)
+
+
+def _log_fp8(fp8: Mapping[str, FP8Blocks], refused: Mapping[str, str]) -> None:
+    """Which FP8 parameters cost more than reading them."""
+    for path, reason in refused.items():
+        if ".experts." not in path:
+            log.info("products with %s: xla, no kernel for it: %s", path, reason)
+    for path, (shape, _) in fp8.items():
+        if path not in refused and out_of_reach(math.prod(shape)):
+            log.info(
+                "%s: kernels reach no FP8 weights of %.1f GiB a device (from 2 to 4 GiB), so each "
+                "layer is copied before it is read",
+                *(path, math.prod(shape) / 2**30),
+            )

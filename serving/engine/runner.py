@@ -173,7 +173,7 @@ class ModelRunner:
             model,
             layout,
             platform=self.platform,
-            fp8=source.fp8,
+            fp8=self.spec.fp8_blocks,
         )
         self._log_fp8(source)
         self.weights = source.load(self.spec, self.mesh)

@@ -16,7 +16,7 @@ import pytest
 from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
 from model.layers import rms_norm
-from model.moe import route
+from model.moe import route, routing_groups
 from model.ops import dense, norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
@@ -387,13 +387,13 @@ def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype,
 
 @pytest.mark.parametrize("few", [0, 21])  # the kernel computes the logits, or XLA does
 @pytest.mark.parametrize(
-    "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2"]
-)  # softmax; sigmoid with bias; softmax, normalised; experts that are no power of two
+    "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2", "deepseek_v2", "deepseek_v3"]
+)  # softmax; sigmoid with bias; normalised; experts that are no power of two; two kinds of groups
 def test_routing_equals_its_twin(rng, name, few, monkeypatch):
     monkeypatch.setattr(routing, "FEW_ROWS", few)
     config = ModelConfig.from_folder(DATA / name)
     width, experts = 7 * 64, config.num_experts
-    assert routing_unsupported(width, config.num_groups) is None
+    assert routing_unsupported(width) is None
     x = jnp.asarray(rng.standard_normal((21, width)), jnp.float32)
     stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 12, jnp.float32)
     bias = jnp.asarray(rng.uniform(-1.5, -0.5, experts), jnp.float32)
@@ -407,11 +407,29 @@ def test_routing_equals_its_twin(rng, name, few, monkeypatch):
         scoring=config.scoring,
         normalize=config.normalize_weights,
         scale=config.routed_scaling,
+        groups=routing_groups(config),
         interpret=True,
     )
     ids, weights = route(jnp.dot(x, stack[1], precision="highest"), bias, config)
     np.testing.assert_array_equal(got[0], ids)
     np.testing.assert_allclose(got[1], weights, rtol=1e-4)
+
+
+def test_groups_of_experts_that_are_equally_good_are_kept_in_order():
+    """Equal scores everywhere: the first groups, and in them the first experts, as in XLA."""
+    config = ModelConfig.from_folder(DATA / "deepseek_v3")
+    x, stack = jnp.zeros((3, 64)), jnp.zeros((1, 64, config.num_experts))
+    got, _ = routing.route(
+        *(x, stack, jnp.int32(0), None),
+        k=config.num_experts_per_token,
+        scoring="sigmoid",
+        normalize=True,
+        scale=1.0,
+        groups=routing_groups(config),
+        interpret=True,
+    )
+    want, _ = route(jnp.zeros((3, config.num_experts)), None, config)
+    np.testing.assert_array_equal(got, want)
 
 
 def lowered_for_cuda(fn, *args):
