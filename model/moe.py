@@ -143,7 +143,14 @@ class MoE(nnx.Module):
         )[:-1]
         # The stacks themselves (not `[...]`): FP8 ones are dequantised expert by expert.
         w1, w2 = experts.w1.get_value(), experts.w2.get_value()
-        compute = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=layer, kernels=kernels)
+        compute = functools.partial(
+            grouped_mlp,
+            w1=w1,
+            w2=w2,
+            layer=layer,
+            num_experts=self.config.num_experts,
+            kernels=kernels,
+        )
         # No input of the exchange until the combine: computed while tokens travel.
         shared = self.shared(x, kernels) if self.config.num_shared_experts else None
         return comm.moe(x, ids, weights, compute, w1.shape[1], shared), counts

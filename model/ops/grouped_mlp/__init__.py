@@ -17,6 +17,7 @@ def grouped_mlp(
     w2: jax.Array | BlockFP8,
     layer: jax.Array,
     *,
+    num_experts: int | None = None,
     kernels: Kernels = XLA,
 ) -> jax.Array:
     """Weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
@@ -27,6 +28,7 @@ def grouped_mlp(
         weights: f32 [T, K].
         w1: [L, E, D, 2, F], gate and up of all layers; w2: [L, E, F, D].
         layer: i32 scalar: the stacks are indexed here, so that no layer is ever sliced out.
+        num_experts: of all devices, among which tokens choose; by default those of this one.
         kernels: which implementation.
 
     Returns:
@@ -34,4 +36,8 @@ def grouped_mlp(
     """
     if kernels.grouped_mlp == "xla":
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
-    return pallas.grouped_mlp(x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret)
+    return pallas.grouped_mlp(
+        *(x, expert_ids, weights, w1, w2, layer),
+        num_experts=num_experts,
+        interpret=kernels.interpret,
+    )

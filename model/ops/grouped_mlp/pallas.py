@@ -26,6 +26,9 @@ from model.quantization import BlockFP8
 FEW_PAIRS = 4096
 """Up to so many, programs that sort 64 of them are faster than some that sort 128."""
 
+MOST_COUNTS = 1 << 15
+"""Every program of the sort reads the counts of all blocks: where they are more, blocks grow."""
+
 
 class Tiles(NamedTuple):
     """Sizes of one kernel: pairs, columns and contracted elements of a block; warps; stages."""
@@ -188,7 +191,9 @@ def sort_pairs(
     """
     pairs = expert_ids.shape[0]
     padded = 1 << (experts - 1).bit_length()
-    rows = 64 if pairs <= FEW_PAIRS else 128
+    rows, warps = 64 if pairs <= FEW_PAIRS else 128, 4
+    while rows * rows < pairs and -(-pairs // rows) * padded > MOST_COUNTS:
+        rows, warps = 2 * rows, 16
     ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
     blocks = len(ids) // rows
     of_blocks = jnp.sum(
@@ -210,7 +215,7 @@ def sort_pairs(
             jax.ShapeDtypeStruct((pairs,), jnp.int32),
             jax.ShapeDtypeStruct((padded,), jnp.int32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="sort_pairs",
     )(expert_ids, of_blocks)
@@ -224,13 +229,16 @@ def grouped_mlp(
     w2: jax.Array | BlockFP8,
     layer: jax.Array,
     *,
+    num_experts: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `model.ops.grouped_mlp.grouped_mlp`."""
     (t, d), k = x.shape, expert_ids.shape[1]
     experts, f = w1.shape[1], w1.shape[-1]
     pairs = t * k
-    rows = block_rows(pairs, experts)
+    # Of a token's experts as many are here as these are of all, or the one that it came for.
+    here = max(1, -(-k * experts // max(experts, num_experts or experts)))
+    rows = block_rows(t * here, experts)
     blocks = -(-pairs // rows) + min(experts, pairs)
     order, counts = sort_pairs(expert_ids.reshape(-1), experts, interpret=interpret)
 
