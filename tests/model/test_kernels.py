@@ -17,7 +17,7 @@ from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
 from model.layers import rms_norm
 from model.moe import route, routing_groups
-from model.ops import dense, norm, routing
+from model.ops import dense, matrices, norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
@@ -432,6 +432,19 @@ def test_groups_of_experts_that_are_equally_good_are_kept_in_order():
     np.testing.assert_array_equal(got, want)
 
 
+def test_layers_out_of_reach_are_copied(monkeypatch, rng):
+    """FP8 between 2 and 4 GiB: the same numbers from a stack of the layer alone."""
+    assert [matrices.out_of_reach(n) for n in (2**31, 2**31 + 1, 2**32, 2**32 + 1)] == [
+        *(False, True, True, False)
+    ]
+    stack = quantised(rng, (3, 2, 32, 48), (1, 32, 16))
+    assert matrices.in_reach(stack, jnp.int32(2)) == (stack, jnp.int32(2))
+    monkeypatch.setattr(matrices, "out_of_reach", lambda size: True)
+    copy, index = matrices.in_reach(stack, jnp.int32(2))
+    assert (copy.shape, copy.scale.shape, int(index)) == ((1, 2, 32, 48), (1, 2, 1, 3), 0)
+    np.testing.assert_array_equal(copy[...][0], stack[...][2])
+
+
 def lowered_for_cuda(fn, *args):
     try:
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
@@ -540,3 +553,65 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
             *(array(26, 64, 2048, 2, 1408), array(26, 64, 1408, 2048), layer),
         )
         assert "triton" in text
+
+
+def abstract_fp8(shape, block):
+    steps = (1,) * (len(shape) - len(block)) + block
+    blocks = [-(-n // b) for n, b in zip(shape, steps, strict=True)]
+    return BlockFP8(
+        data=jax.ShapeDtypeStruct(shape, FP8),
+        scale=jax.ShapeDtypeStruct(blocks, jnp.float32),
+        block=block,
+        dtype=jnp.dtype(jnp.bfloat16),
+    )
+
+
+def test_kernels_of_deepseek_v3_in_fp8_lower_for_cuda():
+    """128 heads, 64 experts of 256 and groups of them on a device, weights and pool in FP8."""
+    kernels = dataclasses.replace(KERNELS, interpret=False)
+    bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+    array = jax.ShapeDtypeStruct
+    layer, pool = array((), i32), array((5, 20000, 16, 576), FP8)
+    experts = (
+        abstract_fp8((3, 64, 7168, 2, 2048), (1, 128, 1, 128)),
+        abstract_fp8((3, 64, 2048, 7168), (1, 128, 128)),
+    )
+    for tokens in (64, 4096):
+        rows = (array((tokens, 7168), bf16), array((tokens, 8), i32), array((tokens, 8), f32))
+        text = lowered_for_cuda(
+            lambda *a: grouped_mlp(*a, num_experts=256, kernels=kernels), *rows, *experts, layer
+        )
+        assert "experts_down" in text
+        text = lowered_for_cuda(
+            lambda x, w, i, b: routing.route(
+                *(x, w, i, b),
+                **{"k": 8, "scoring": "sigmoid", "normalize": True, "scale": 2.5},
+                groups=routing.Groups(8, 4, 2),
+            ),
+            *(rows[0], array((3, 7168, 256), f32), layer, array((256,), f32)),
+        )
+        assert "route" in text
+    for rows in (64, 300):
+        for shape, block, num_in in (
+            ((1536, 128, 192), (128, 1, 64), 1),
+            ((7168, 576), (128, 128), 1),
+            ((128, 128, 7168), (1, 128, 128), 2),
+            ((7168, 2, 18432), (128, 1, 128), 1),
+        ):
+            text = lowered_for_cuda(
+                lambda x, w, i, n=num_in: matmul(x, StackedWeight(stack=w, layer=i), n, kernels),
+                *(array((rows, *shape[:num_in]), bf16), abstract_fp8((5, *shape), block), layer),
+            )
+            assert "dense" in text
+    stacks = array((5, 128, 128, 512), bf16), array((5, 128, 512, 128), bf16)
+    text = lowered_for_cuda(
+        lambda q, r, uk, uv, pool, layer, *a: decode_heads(
+            *(q, r, StackedWeight(stack=uk, layer=layer), StackedWeight(stack=uv, layer=layer)),
+            *(pool, layer, *a),
+            scale=0.1,
+            kernels=kernels,
+        ),
+        *(array((64, 128, 128), bf16), array((64, 128, 64), bf16), *stacks, pool, layer),
+        *(array((64, 300), i32), array((64,), i32)),
+    )
+    assert "mla_decode" in text
