@@ -44,7 +44,11 @@ class BlockFP8:
         return self.data.ndim
 
     def __getitem__(self, index: Any) -> jax.Array:
-        """`[...]`, the only index: data times scale, multiplied in float32."""
+        """`[...]`, the only index: data times scale, multiplied in float32.
+
+        XLA computes it once, before what uses it: fused into a product, it would be computed again
+        for every block of rows, and on GPUs a hundred ways of doing that are compiled and tried.
+        """
         if index is not Ellipsis:
             raise TypeError("a BlockFP8 can only be dequantised whole: weight[...]")
         scale = self.scale
@@ -53,7 +57,9 @@ class BlockFP8:
             if size > 1:
                 scale = jnp.repeat(scale, size, axis=axis)
                 scale = jax.lax.slice_in_dim(scale, 0, self.data.shape[axis], axis=axis)
-        return (self.data.astype(jnp.float32) * scale).astype(self.dtype)
+        return jax.lax.optimization_barrier(
+            (self.data.astype(jnp.float32) * scale).astype(self.dtype)
+        )
 
 
 def layer_of(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array | BlockFP8:
