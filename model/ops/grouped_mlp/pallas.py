@@ -27,7 +27,7 @@ FEW_PAIRS = 4096
 """Up to so many, programs that sort 64 of them are faster than some that sort 128."""
 
 MOST_COUNTS = 1 << 15
-"""Every program of the sort reads the counts of all blocks: where they are more, blocks grow."""
+"""Of pairs per block and expert, that every program of the sort adds up by itself."""
 
 
 class Tiles(NamedTuple):
@@ -157,24 +157,31 @@ def _down_kernel(
         plgpu.store(out_ref.at[places[:, None], at], total, mask=block.live[:, None])
 
 
-def _sort_kernel(ids_ref, blocks_ref, order_ref, counts_ref, *, rows: int):
-    """The places of a block of pairs: behind all of smaller experts, and of the blocks before."""
+def _sort_kernel(ids_ref, blocks_ref, order_ref, *counts_refs, rows: int):
+    """The places of a block of pairs: behind all of smaller experts, and of the blocks before.
+
+    `blocks_ref`: every block's pairs per expert [blocks, E], whose sums are the second result; or
+    where this block's pairs of each expert begin [E].
+    """
     block, pairs = pl.program_id(0), ids_ref.shape[0]
     pair = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
     ids = plgpu.load(ids_ref.at[pair], mask=pair < pairs, other=-1)
-    of_blocks = blocks_ref[...]  # [blocks, E]
-    numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
-    counts = jnp.sum(of_blocks, axis=0)
-    before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
-    first = jnp.cumsum(counts) - counts + before  # [E]
-    mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (rows, counts.shape[0]), 1)
+    if counts_refs:
+        of_blocks = blocks_ref[...]
+        numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
+        counts = jnp.sum(of_blocks, axis=0)
+        before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
+        first = jnp.cumsum(counts) - counts + before  # [E]
+        counts_refs[0][...] = counts
+    else:
+        first = blocks_ref[...]
+    mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (rows, first.shape[0]), 1)
     mine = mine.astype(jnp.int32)
     inside = jnp.cumsum(mine, axis=0) - mine
     places = jnp.sum(mine * (first[None] + inside), axis=1)
     live = (ids >= 0) & (pair < pairs)
     # No two lanes name one place, see `_down_kernel`.
     plgpu.store(order_ref.at[jnp.where(live, places, pairs + pair)], pair, mask=live)
-    counts_ref[...] = counts
 
 
 def sort_pairs(
@@ -191,34 +198,38 @@ def sort_pairs(
     """
     pairs = expert_ids.shape[0]
     padded = 1 << (experts - 1).bit_length()
-    rows, warps = 64 if pairs <= FEW_PAIRS else 128, 4
-    while rows * rows < pairs and -(-pairs // rows) * padded > MOST_COUNTS:
-        rows, warps = 2 * rows, 16
+    rows = 64 if pairs <= FEW_PAIRS or padded > 128 else 128
     ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
     blocks = len(ids) // rows
     of_blocks = jnp.sum(
         ids.reshape(blocks, 1, rows) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
     )
-    of_blocks = jnp.pad(of_blocks, ((0, (1 << (blocks - 1).bit_length()) - blocks), (0, 0)))
-    return pl.pallas_call(
+    out_shape = [(pairs,), (padded,)]
+    if blocks * padded <= MOST_COUNTS:
+        numbers = jnp.pad(of_blocks, ((0, (1 << (blocks - 1).bit_length()) - blocks), (0, 0)))
+        spec = whole(numbers.shape)
+    else:
+        # By products with triangles, which are exact: a cumulative sum is dozens of kernels.
+        before = jnp.matmul(
+            jnp.tril(jnp.ones((blocks, blocks), jnp.bfloat16), -1),
+            of_blocks.astype(jnp.bfloat16),
+            preferred_element_type=jnp.float32,
+        ).astype(jnp.int32)
+        counts = before[-1] + of_blocks[-1]
+        numbers = before + jnp.tril(jnp.broadcast_to(counts, (padded, padded)), -1).sum(axis=1)
+        spec = pl.BlockSpec((None, padded), lambda i: (i, 0))
+        del out_shape[1]
+    order, *sums = pl.pallas_call(
         functools.partial(_sort_kernel, rows=rows),
         grid=(blocks,),
-        in_specs=[
-            pl.BlockSpec((pairs,), lambda i: (0,)),
-            whole(of_blocks.shape),
-        ],
-        out_specs=[
-            whole((pairs,)),
-            whole((padded,)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((pairs,), jnp.int32),
-            jax.ShapeDtypeStruct((padded,), jnp.int32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        in_specs=[pl.BlockSpec((pairs,), lambda i: (0,)), spec],
+        out_specs=[whole(shape) for shape in out_shape],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in out_shape],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="sort_pairs",
-    )(expert_ids, of_blocks)
+    )(expert_ids, numbers)
+    return order, sums[0] if sums else counts
 
 
 def grouped_mlp(
