@@ -34,7 +34,7 @@ class Router(nnx.Module):
         bias = self.bias[...] if c.router_bias else None
         if kernels.routing == "xla":
             return route(x.astype(jnp.float32) @ self.weight[...], bias, c)
-        if reason := routing.unsupported(c.hidden_size, c.num_groups):
+        if reason := routing.unsupported(c.hidden_size):
             raise ValueError(f"The routing kernel cannot route this model: {reason}.")
         weight = as_stacked(self.weight.get_value())
         return routing.route(
@@ -46,8 +46,17 @@ class Router(nnx.Module):
             scoring=c.scoring,
             normalize=c.normalize_weights,
             scale=c.routed_scaling,
+            groups=routing_groups(c),
             interpret=kernels.interpret,
         )
+
+
+def routing_groups(config: ModelConfig) -> routing.Groups | None:
+    """The groups of experts that a model chooses from, as the kernel takes them."""
+    if config.num_groups == 1:
+        return None
+    best = 1 if config.group_score == "max" else 2
+    return routing.Groups(config.num_groups, config.topk_groups, best)
 
 
 def route(
@@ -134,7 +143,14 @@ class MoE(nnx.Module):
         )[:-1]
         # The stacks themselves (not `[...]`): FP8 ones are dequantised expert by expert.
         w1, w2 = experts.w1.get_value(), experts.w2.get_value()
-        compute = functools.partial(grouped_mlp, w1=w1, w2=w2, layer=layer, kernels=kernels)
+        compute = functools.partial(
+            grouped_mlp,
+            w1=w1,
+            w2=w2,
+            layer=layer,
+            num_experts=self.config.num_experts,
+            kernels=kernels,
+        )
         # No input of the exchange until the combine: computed while tokens travel.
         shared = self.shared(x, kernels) if self.config.num_shared_experts else None
         return comm.moe(x, ids, weights, compute, w1.shape[1], shared), counts

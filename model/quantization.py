@@ -44,7 +44,11 @@ class BlockFP8:
         return self.data.ndim
 
     def __getitem__(self, index: Any) -> jax.Array:
-        """`[...]`, the only index: data times scale, multiplied in float32."""
+        """`[...]`, the only index: data times scale, multiplied in float32.
+
+        XLA computes it once, before what uses it: fused into a product, it would be computed again
+        for every block of rows, and on GPUs a hundred ways of doing that are compiled and tried.
+        """
         if index is not Ellipsis:
             raise TypeError("a BlockFP8 can only be dequantised whole: weight[...]")
         scale = self.scale
@@ -53,18 +57,25 @@ class BlockFP8:
             if size > 1:
                 scale = jnp.repeat(scale, size, axis=axis)
                 scale = jax.lax.slice_in_dim(scale, 0, self.data.shape[axis], axis=axis)
-        return (self.data.astype(jnp.float32) * scale).astype(self.dtype)
+        return jax.lax.optimization_barrier(
+            (self.data.astype(jnp.float32) * scale).astype(self.dtype)
+        )
 
 
-def layer_weight(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array:
-    """`stack[index]` of the leading dimensions, dequantised: what a kernel multiplies with."""
+def layer_of(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array | BlockFP8:
+    """`stack[index]` of the leading dimensions."""
 
     def one(array: jax.Array) -> jax.Array:
         rest = array.shape[len(index) :]
         start = (*index, *(0 for _ in rest))
         return jax.lax.dynamic_slice(array, start, (*(1 for _ in index), *rest)).reshape(rest)
 
-    return jax.tree.map(one, stack)[...]
+    return jax.tree.map(one, stack)
+
+
+def layer_weight(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array:
+    """`stack[index]` of the leading dimensions, dequantised: what XLA multiplies with."""
+    return layer_of(stack, *index)[...]
 
 
 def saturating_cast(x: jax.Array, dtype: Any) -> jax.Array:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import statistics
 import sys
@@ -59,32 +60,39 @@ class Floors:
 
     Attributes:
         dense: weights that every step reads, in numbers; expert: of one expert, all layers alike.
-        kv_entry: numbers cached for a token, all layers.
+        dense_bytes, expert_bytes: the same in bytes, factors of FP8 weights included.
+        kv_bytes: of a cached token, all layers.
     """
 
     config: ModelConfig
     dense: int
+    dense_bytes: int
     expert: int
+    expert_bytes: int
     moe_layers: int
-    kv_entry: int
-    itemsize: int
+    kv_bytes: int
 
     @classmethod
     def of(cls, runner: ModelRunner) -> Floors:
-        config, sizes = runner.model, [(p.path, p.real_shape) for p in runner.spec.params]
-        experts = [(path, shape) for path, shape in sizes if ".experts." in path]
-        embedding = sum(int(np.prod(s)) for path, s in sizes if path.startswith("embedding"))
-        every = sum(int(np.prod(shape)) for _, shape in sizes)
-        routed = sum(int(np.prod(shape)) for _, shape in experts)
+        config, tied = runner.model, runner.model.tie_word_embeddings
         layers = sum(n for kind, n in config.segments if kind == "moe")
-        tied = config.tie_word_embeddings
+        numbers, sizes = Counter[bool](), Counter[bool]()  # of routed experts or not
+        for p in runner.spec.params:
+            if p.path.startswith("embedding") and not tied:
+                continue
+            routed, number = ".experts." in p.path, math.prod(p.real_shape)
+            sizes[routed] += number * p.dtype.itemsize
+            if p.block is None:
+                numbers[routed] += number
+        of_all = max(1, layers * config.num_experts)
         return cls(
             config=config,
-            dense=every - routed - (0 if tied else embedding),
-            expert=routed // max(1, layers * config.num_experts),
+            dense=numbers[False],
+            dense_bytes=sizes[False],
+            expert=numbers[True] // of_all,
+            expert_bytes=sizes[True] // of_all,
             moe_layers=layers,
-            kv_entry=runner.page_bytes // runner.page_size // runner.kv_dtype.itemsize,
-            itemsize=runner.dtype.itemsize,
+            kv_bytes=runner.page_bytes // runner.page_size,
         )
 
     def touched(self, tokens: int) -> float:
@@ -93,8 +101,8 @@ class Floors:
         return e * (1 - (1 - k / e) ** tokens) if e else 0.0
 
     def decode_bytes(self, batch: int, context: int) -> float:
-        weights = self.dense + self.moe_layers * self.touched(batch) * self.expert
-        return self.itemsize * (weights + batch * context * self.kv_entry)
+        experts = self.moe_layers * self.touched(batch) * self.expert_bytes
+        return self.dense_bytes + experts + batch * context * self.kv_bytes
 
     def prefill_flops(self, prompts: int, tokens: int) -> float:
         """Two for every weight that a token meets (the vocabulary's for one token a prompt), and
@@ -372,6 +380,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="dummy weights of this published configuration, instead of --model-path",
     )
     parser.add_argument(
+        "--layers", type=int, help="the first ones of --shape only, for models that do not fit"
+    )
+    parser.add_argument(
         "--decode", type=sizes, default=DECODES, help=f"batch x context, or none ({DECODES})"
     )
     parser.add_argument(
@@ -395,7 +406,7 @@ def main(argv: list[str]) -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            config = configured(engine_flags, args.shape, Path(temporary))
+            config = configured(engine_flags, args.shape, Path(temporary), args.layers)
             configure_jax(config)
             source = open_weights(config)
             runner = ModelRunner(config, source, resolve_layout(config))

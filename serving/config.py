@@ -313,8 +313,8 @@ def _add_model_flags(group: _Group) -> None:
         group,
         "--fp8-weights",
         choices=("keep", "dequantize"),
-        help="weights of a block-FP8 checkpoint: stay in FP8 on the devices (half the memory), or "
-        "become --dtype while loading",
+        help="weights of a block-FP8 checkpoint: stay in FP8 on the devices (half the memory, and "
+        "half the reading on GPUs), or become --dtype while loading",
     )
     _add(
         group,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from model.checkpoint import Index, Select, Stack, View, parameter_views, read_padded
 from model.formats.fp8 import BlockFactors, Fp8Checkpoint
@@ -131,14 +131,12 @@ def draw_weights(spec: ModelSpec, mesh: Mesh, seed: int) -> list[jax.Array]:
     trained model does; a constant would send all tokens to the same few). The values do not depend
     on the mesh; padding is zero, as in a loaded checkpoint.
     """
-    key = jax.random.key(seed)
-    return [_draw_param(p, mesh, jax.random.fold_in(key, i)) for i, p in enumerate(spec.params)]
+    return [_draw_param(p, mesh, (seed, i)) for i, p in enumerate(spec.params)]
 
 
-def _draw_param(param: ParamInfo, mesh: Mesh, key: jax.Array) -> jax.Array:
+def _draw_param(param: ParamInfo, mesh: Mesh, seeds: tuple[int, ...]) -> jax.Array:
     lead = 1 if param.stacked else 0
     shape, real = param.shape[lead:], param.real_shape[lead:]
-    sharding = NamedSharding(mesh, PartitionSpec(*param.spec[lead:]))
     constant = 1.0 if param.path.endswith("norm") else 0.0 if len(real) == 1 else None
     std = INIT_STD
     if param.block is not None:  # of FP8 values that are N(0, 1)
@@ -146,21 +144,47 @@ def _draw_param(param: ParamInfo, mesh: Mesh, key: jax.Array) -> jax.Array:
     elif param.dtype == FP8:
         std = 1.0
 
-    @functools.partial(jax.jit, out_shardings=sharding)
-    def draw(key: jax.Array) -> jax.Array:
+    def draw(words: jax.Array) -> jax.Array:
         if constant is not None:
             return jnp.full(shape, constant, param.dtype)
-        drawn = jnp.float32 if param.dtype == FP8 else param.dtype
-        values = (std * jax.random.normal(key, real, drawn)).astype(param.dtype)
+        values = (std * _normal(words, real)).astype(param.dtype)
         for axis, entries in param.selected:
             outside = values.shape[axis - lead]  # -1 would count from the end
             index = jnp.array([outside if entry < 0 else entry for entry in entries])
             values = jnp.take(values, index, axis - lead, mode="fill", fill_value=0)
         return jnp.pad(values, [(0, n - m) for n, m in zip(shape, values.shape, strict=True)])
 
+    sharding = NamedSharding(mesh, param.spec)
     if not param.stacked:
-        return draw(key)
-    stack = _zeros(param, NamedSharding(mesh, param.spec))
+        return jax.jit(draw, out_shardings=sharding)(np.array(seeds, np.uint32))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+    def draw_layer(stack: jax.Array, layer: int, words: jax.Array) -> jax.Array:
+        return stack.at[layer].set(draw(words))
+
+    stack = _zeros(param, sharding)
     for layer in range(param.shape[0]):
-        stack = _set_layer(stack, layer, draw(jax.random.fold_in(key, layer)))
+        stack = draw_layer(stack, layer, np.array((*seeds, layer), np.uint32))
     return stack
+
+
+def _normal(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """f32 N(0, 1): each number a function of `words`, u32 [n], and of its own place.
+
+    XLA makes one pass of it, on each device over its own shard. The generator of jax.random is a
+    kernel of its own on GPUs: every device would draw all, with six arrays beside the result.
+    """
+
+    def mixed(h: jax.Array) -> jax.Array:  # the finalizer of MurmurHash3
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    h = jnp.uint32(0x9E3779B9)
+    for word in words:
+        h = mixed(h ^ word) + jnp.uint32(0x9E3779B9)
+    h = jnp.broadcast_to(h, shape)
+    for axis in range(len(shape)):
+        h = mixed(h ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) + jnp.uint32(0x9E3779B9)
+    inside = ((h >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1  # (-1, 1)
+    return math.sqrt(2) * jax.lax.erf_inv(inside)

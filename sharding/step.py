@@ -28,6 +28,10 @@ MAX_SCALE_SHARE = 0.5
 shards cut the blocks to pieces) is dequantised instead."""
 
 
+FP8Blocks = tuple[tuple[int, ...], tuple[int, ...]]
+"""An FP8 parameter's shape on a device, and its `BlockFP8.block`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamInfo:
     """One array of the weights: where it stands, its padded and real shape, and how it is cut.
@@ -161,6 +165,16 @@ class ModelSpec:
         return (slices, layers, num_pages, page_size, *self._kv_entry[0])
 
     @property
+    def fp8_blocks(self) -> dict[str, FP8Blocks]:
+        """The parameters that stay in FP8."""
+        blocks = {p.path: p.block for p in self.params if p.block is not None}
+        return {
+            p.path: (_local_shape(p.shape, p.spec, self.layout), blocks[p.path])
+            for p in self.params
+            if p.dtype == FP8
+        }
+
+    @property
     def pool_spec(self) -> PartitionSpec:
         """Cut over slices, and inside a slice by KV heads where there are any."""
         return PartitionSpec(
@@ -185,7 +199,11 @@ def page_bytes(config: ModelConfig, layout: Layout, page_size: int, kv_dtype: jn
 
 def _share(shape: Sequence[int], spec: Sequence[Any], layout: Layout) -> int:
     """Numbers of an array that each device holds."""
-    return math.prod(dim // _num_parts(axes, layout) for dim, axes in zip(shape, spec, strict=True))
+    return math.prod(_local_shape(shape, spec, layout))
+
+
+def _local_shape(shape: Sequence[int], spec: Sequence[Any], layout: Layout) -> tuple[int, ...]:
+    return tuple(dim // _num_parts(axes, layout) for dim, axes in zip(shape, spec, strict=True))
 
 
 def _num_parts(axes: str | tuple[str, ...] | None, layout: Layout) -> int:

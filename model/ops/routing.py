@@ -1,13 +1,13 @@
 """Scoring, choosing and weighing experts in one Pallas (Triton) kernel.
 
-The definition is `model.moe.route` on logits of float32; the kernel does its case without groups of
-experts.
+The definition is `model.moe.route` on logits of float32.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,24 @@ FEW_ROWS = 4096
 """Up to so many rows XLA computes the logits and the kernel only chooses: on an H200, 512 rows of
 2048 numbers take XLA 9 us and the kernel's own products 28 us, 8448 rows 65 us and 43 us."""
 
+FEW_EXPERTS = 64
+"""Up to so many (and without groups of them), the kernel's own products leave it registers to
+choose in; with 256 experts in groups it takes minutes to compile."""
 
-def unsupported(width: int, groups: int) -> str | None:
-    """Why the kernel cannot route rows of that width with so many groups; None if it can."""
-    if groups > 1:
-        return "experts are chosen by groups"
+
+class Groups(NamedTuple):
+    """Groups of experts of which only the best ones are chosen from, by a score of each group.
+
+    `best`: how many of a group's best experts its score adds up.
+    """
+
+    number: int
+    kept: int
+    best: int
+
+
+def unsupported(width: int) -> str | None:
+    """Why the kernel cannot route rows of that width; None if it can."""
     if width % MIN_BLOCK:
         return f"the width {width} must be a multiple of {MIN_BLOCK}"
     return None
@@ -64,6 +77,40 @@ def _products(x_ref, w_ref, layer_ref, row: jax.Array, expert: jax.Array) -> jax
     return lax.fori_loop(0, width // depth, body, nothing)
 
 
+def _best(choice: jax.Array, numbers: jax.Array, n: int) -> Iterator[tuple[jax.Array, ...]]:
+    """The n largest of each row of choice [rows, columns], the first of equal ones first.
+
+    Yields the largest [rows], its number [rows], and bool [rows, columns], where it stands.
+    """
+    for _ in range(n):
+        best = jnp.max(choice, axis=1)
+        first = jnp.min(jnp.where(choice == best[:, None], numbers, choice.shape[1]), axis=1)
+        here = numbers == first[:, None]
+        yield best, first, here
+        choice = jnp.where(here, -jnp.inf, choice)
+
+
+def _in_kept_groups(
+    choice: jax.Array, numbers: jax.Array, experts: int, groups: Groups
+) -> jax.Array:
+    """choice [rows, columns], -inf outside of each row's best groups."""
+    size = experts // groups.number
+    inside = [(numbers >= g * size) & (numbers < (g + 1) * size) for g in range(groups.number)]
+    scores = []
+    for mine in inside:
+        best = _best(jnp.where(mine, choice, -jnp.inf), numbers, groups.best)
+        scores.append(functools.reduce(jnp.add, [score for score, _, _ in best]))
+    kept = jnp.zeros(choice.shape, jnp.bool_)
+    for g, mine in enumerate(inside):
+        rank = jnp.zeros(choice.shape[:1], jnp.int32)
+        for h, score in enumerate(scores):
+            if h != g:  # of equal groups the first one is better
+                better = score >= scores[g] if h < g else score > scores[g]
+                rank += better.astype(jnp.int32)
+        kept |= mine & (rank < groups.kept)[:, None]
+    return jnp.where(kept, choice, -jnp.inf)
+
+
 def _kernel(
     *refs,
     rows: int,
@@ -72,6 +119,7 @@ def _kernel(
     scoring: str,
     normalize: bool,
     scale: float,
+    groups: Groups | None,
 ):
     """Logits [T, E], or what they are `_products` of, and bias [E] to ids and weights [T, k].
 
@@ -95,14 +143,12 @@ def _kernel(
         scores = 1 / (1 + jnp.exp(-logits))
     bias = plgpu.load(bias_ref.at[expert], mask=expert < experts, other=0)
     choice = jnp.where(numbers < experts, scores + bias, -jnp.inf)
+    if groups is not None:
+        choice = _in_kept_groups(choice, numbers, experts, groups)
     ids, weights = [], []
-    for _ in range(k):
-        best = jnp.max(choice, axis=1)[:, None]
-        chosen = jnp.min(jnp.where(choice == best, numbers, columns), axis=1)
-        here = numbers == chosen[:, None]
+    for _, chosen, here in _best(choice, numbers, k):
         ids.append(chosen)
         weights.append(jnp.sum(jnp.where(here, scores, 0.0), axis=1))
-        choice = jnp.where(here, -jnp.inf, choice)
     factor = jnp.full(ids[0].shape, scale, jnp.float32)
     if normalize:
         factor = factor / (functools.reduce(jnp.add, weights) + 1e-20)
@@ -122,16 +168,18 @@ def route(
     scoring: Literal["softmax", "sigmoid"],
     normalize: bool,
     scale: float,
+    groups: Groups | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Rows [T, D] to expert ids i32 [T, k] and weights f32 [T, k], see `model.moe.route`.
 
-    stack is f32 [L, D, E], of which layer i32 is taken; bias f32 [E] or None.
+    stack is f32 [L, D, E], of which layer i32 is taken; bias f32 [E] or None. Without `groups` all
+    experts may be chosen.
     """
     t, experts = x.shape[0], stack.shape[-1]
     if bias is None:
         bias = jnp.zeros(experts, jnp.float32)
-    if t <= FEW_ROWS:
+    if t <= FEW_ROWS or experts > FEW_EXPERTS or groups is not None:
         operands = (x.astype(jnp.float32) @ layer_weight(stack, layer), bias)
         rows, warps = 1, 1  # a warp finds the best of a row fast, and there are warps enough
     else:
@@ -147,6 +195,7 @@ def route(
             scoring=scoring,
             normalize=normalize,
             scale=scale,
+            groups=groups,
         ),
         grid=(-(-t // rows),),
         in_specs=[whole(a.shape) for a in operands],

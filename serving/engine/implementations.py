@@ -7,17 +7,21 @@ refused; `auto` takes kernels where they can run, and the log says why where the
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import math
+from collections.abc import Mapping
 
 from model.config import ModelConfig
 from model.ops.grouped_mlp import hopper as hopper_kernels
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
 from model.ops.kernels import Implementation, Kernels
+from model.ops.matrices import out_of_reach
+from model.ops.matrices import unsupported as fp8_unsupported
 from model.ops.mla_attention import extend as extend_kernels
 from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
 from sharding.rules import padded_sizes
+from sharding.step import FP8Blocks
 
 log = logging.getLogger("meshserve.engine")
 
@@ -30,17 +34,19 @@ def choose_kernels(
     platform: str,
     capability: str | None = None,
     dtype: str = "bfloat16",
-    fp8: Collection[str] = (),
+    fp8: Mapping[str, FP8Blocks] | None = None,
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
 
     Args:
         capability: compute capability of the GPUs, such as 9.0; dtype: of activations.
-        fp8: paths of the parameters that stay in FP8 on the devices.
+        fp8: the parameters that stay in FP8 on the devices, see `ModelSpec.fp8_blocks`.
 
     Raises:
         ConfigError: a back end asked for by name cannot run this model here.
     """
+    fp8 = fp8 or {}
+    refused = {path: why for path, (s, b) in fp8.items() if (why := fp8_unsupported(s, b))}
     here = None if platform in ("cuda", "gpu") else f"they need an NVIDIA GPU, this is {platform}"
     attention = _chosen(
         "--attention-backend", config.attention_backend, here or _no_attention(model)
@@ -50,7 +56,7 @@ def choose_kernels(
         experts = _chosen(
             "--moe-runner-backend",
             config.moe_runner_backend,
-            here or _no_experts(model, layout, fp8_experts=any(".experts." in p for p in fp8)),
+            here or _no_experts(model, layout, refused),
         )
     extend: Implementation = attention
     if attention == "pallas" and config.enable_deterministic_inference:
@@ -60,12 +66,13 @@ def choose_kernels(
             "--enable-deterministic-inference excludes"
         )
     routing: Implementation = experts
-    if experts == "pallas" and (reason := route_unsupported(model.hidden_size, model.num_groups)):
+    if experts == "pallas" and (reason := route_unsupported(model.hidden_size)):
         routing = "xla"
         log.info("routing: xla, no kernel for it: %s", reason)
     hopper = False
     if experts == "pallas":
-        reason = _no_hopper(model, layout, capability, dtype)
+        fp8_experts = any(".experts." in path for path in fp8)
+        reason = _no_hopper(model, layout, capability, dtype, fp8=fp8_experts)
         hopper = reason is None
         log.info(
             "experts of many rows: %s",
@@ -82,8 +89,8 @@ def choose_kernels(
         unroll=config.layer_unroll or 1,
         hopper=hopper,
     )
-    if kernels.dense == "pallas" and any(".experts." not in path for path in fp8):
-        log.info("dense products with weights that stay in FP8: xla, the kernel takes none")
+    if kernels.dense == "pallas":
+        _log_fp8(fp8, refused)
     log.info(
         "decode attention: %s, extend attention: %s, experts: %s, routing: %s, dense products of "
         "few rows: %s",
@@ -112,9 +119,10 @@ def _no_attention(model: ModelConfig) -> str | None:
     )
 
 
-def _no_experts(model: ModelConfig, layout: Layout, *, fp8_experts: bool) -> str | None:
-    if fp8_experts:
-        return "the experts' weights stay in FP8 (--fp8-weights dequantize makes them bfloat16)"
+def _no_experts(model: ModelConfig, layout: Layout, refused: Mapping[str, str]) -> str | None:
+    for path, reason in refused.items():
+        if ".experts." in path:
+            return f"{reason} (--fp8-weights dequantize makes them bfloat16)"
     return grouped_mlp_kernels.unsupported(model.hidden_size, _inner(model, layout))
 
 
@@ -124,8 +132,24 @@ def _inner(model: ModelConfig, layout: Layout) -> int:
 
 
 def _no_hopper(
-    model: ModelConfig, layout: Layout, capability: str | None, dtype: str
+    model: ModelConfig, layout: Layout, capability: str | None, dtype: str, *, fp8: bool
 ) -> str | None:
     if capability != "9.0":
         return f"other kernels need compute capability 9.0, not {capability or 'an unknown one'}"
+    if fp8:
+        return "the experts' weights stay in FP8"
     return hopper_kernels.unsupported(model.hidden_size, _inner(model, layout), dtype)
+
+
+def _log_fp8(fp8: Mapping[str, FP8Blocks], refused: Mapping[str, str]) -> None:
+    """Which FP8 parameters cost more than reading them."""
+    for path, reason in refused.items():
+        if ".experts." not in path:
+            log.info("products with %s: xla, no kernel for it: %s", path, reason)
+    for path, (shape, _) in fp8.items():
+        if path not in refused and out_of_reach(math.prod(shape)):
+            log.info(
+                "%s: kernels reach no FP8 weights of %.1f GiB a device (from 2 to 4 GiB), so each "
+                "layer is copied before it is read",
+                *(path, math.prod(shape) / 2**30),
+            )

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
+from model.ops.matrices import out_of_reach
 from model.quantization import FP8
 from serving.config import ConfigError, ServerConfig
 from serving.engine.batch_builder import BatchBuilder, Packing
@@ -175,7 +176,7 @@ class ModelRunner:
             platform=self.platform,
             capability=getattr(self.mesh.devices.flat[0], "compute_capability", None),
             dtype=str(self.dtype),
-            fp8=source.fp8,
+            fp8=self.spec.fp8_blocks,
         )
         self._log_fp8(source)
         self.weights = source.load(self.spec, self.mesh)
@@ -387,9 +388,19 @@ class ModelRunner:
     def _size_pool(self, context: int) -> int:
         """Pages of each slice's pool: the flag, or what the device's memory allows."""
         if self.config.max_total_tokens is not None:
-            return pages_for(self.config.max_total_tokens, self.page_size, self.page_bytes)
+            pages = pages_for(self.config.max_total_tokens, self.page_size, self.page_bytes)
+            if self._beyond_kernels(pages):
+                raise ConfigError(
+                    f"--max-total-tokens {self.config.max_total_tokens}: kernels reach no FP8 pool "
+                    f"of {pages * self.page_bytes / 2**30:.1f} GiB a device; make it at most 2 GiB "
+                    "or more than 4, or use --kv-cache-dtype auto or --attention-backend xla."
+                )
+            return pages
         budget = CPU_POOL_BYTES if self.platform == "cpu" else self._free_bytes(context)
         pages = pages_in(budget, self.page_bytes)
+        if self._beyond_kernels(pages):
+            pages = 2**31 // self.page_bytes
+            log.warning("the FP8 pool is cut to 2 GiB: kernels reach none between 2 and 4 GiB")
         if pages < 2:
             raise ConfigError(
                 f"No memory is left for a KV pool: {budget >> 20} MiB a device after weights "
@@ -398,6 +409,12 @@ class ModelRunner:
                 "--extend-buckets."
             )
         return pages
+
+    def _beyond_kernels(self, pages: int) -> bool:
+        """Whether the attention kernels cannot address a pool of so many pages."""
+        numbers = pages * self.page_bytes // self.kv_dtype.itemsize
+        of_bytes = self.kernels.decode_attention == "pallas" and self.kv_dtype == FP8
+        return of_bytes and out_of_reach(numbers)
 
     def _free_bytes(self, context: int) -> int:
         """Memory left on the fullest device, less what steps need beside weights and pool."""

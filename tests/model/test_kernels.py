@@ -16,12 +16,15 @@ import pytest
 from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
 from model.layers import rms_norm
-from model.moe import route
-from model.ops import norm, routing
+from model.moe import route, routing_groups
+from model.ops import dense, matrices, norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp
+from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
 from model.ops.grouped_mlp.pallas import block_rows, sort_pairs, tiles
 from model.ops.kernels import XLA
+from model.ops.matrices import Matrices
+from model.ops.matrices import unsupported as fp8_unsupported
 from model.ops.mla_attention import (
     decode,
     decode_attention,
@@ -32,6 +35,7 @@ from model.ops.mla_attention import (
 from model.ops.mla_attention.heads import per_head
 from model.ops.mla_attention.inputs import finish_inputs
 from model.ops.routing import unsupported as routing_unsupported
+from model.quantization import FP8, BlockFP8
 from model.rope import apply_rope
 from tests.fixtures import DATA
 from tests.harness import KERNELS, lowered_for_cuda
@@ -216,8 +220,10 @@ def test_a_token_is_computed_alike_beside_others(rng):
     np.testing.assert_array_equal(together[0], single[0])
 
 
+@pytest.mark.parametrize("most_counts", [1 << 15, 1])  # the kernel adds blocks up, or XLA does
 @pytest.mark.parametrize("pairs", [1, 128, 500, 5000])
-def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs):
+def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs, most_counts, monkeypatch):
+    monkeypatch.setattr(grouped_mlp_kernels, "MOST_COUNTS", most_counts)
     ids = rng.integers(-1, 5, pairs).astype(np.int32)
     order, counts = sort_pairs(jnp.asarray(ids), 5, interpret=True)
     want = np.argsort(np.where(ids < 0, 5, ids), kind="stable")[: (ids >= 0).sum()]
@@ -227,8 +233,78 @@ def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs):
 
 def test_blocks_follow_the_mean_load():
     assert [block_rows(6 * t, 64) for t in (1, 64, 128, 256, 2048)] == [16, 16, 16, 32, 128]
-    t = tiles(16, 1408, 2048, 2, gated=True)
+    shape = jax.ShapeDtypeStruct((26, 64, 2048, 2, 1408), jnp.bfloat16)
+    w1 = jax.eval_shape(lambda w: Matrices.of(w, 2, 1), shape)
+    t = tiles(16, w1, 2, gated=True)
     assert (1408 % t.columns, 2048 % t.depth) == (0, 0)
+
+
+def quantised(rng, shape, block):
+    """A random weight in FP8 blocks (the last ones partial), most of its factors far apart."""
+    lead = len(shape) - len(block)
+    steps = (1,) * lead + block
+    scale = 0.02 * 2.0 ** rng.integers(
+        -4, 5, [-(-n // b) for n, b in zip(shape, steps, strict=True)]
+    )
+    return BlockFP8(
+        data=jnp.asarray(rng.standard_normal(shape) * 4, jnp.float32).astype(FP8),
+        scale=jnp.asarray(scale, jnp.float32),
+        block=block,
+        dtype=jnp.dtype(jnp.float32),
+    )
+
+
+FP8_BLOCKS = [(128, 128), (32, 16), (16, 64), (48, 32)]  # partial, dividing, coarser than it is
+
+
+@pytest.mark.parametrize("block", FP8_BLOCKS)
+@pytest.mark.parametrize(("tokens", "absent"), [(1, 0), (20, 0.5), (300, 0.3), (9, 1)])
+def test_grouped_mlp_reads_fp8(rng, block, tokens, absent):
+    """Few rows (factors on the products) and many (on the weights), ragged, some experts idle."""
+    width, inner, experts = 96, 160, 5
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
+    w1 = quantised(rng, (2, experts, width, 2, inner), (1, block[0], 1, block[1]))
+    w2 = quantised(rng, (2, experts, inner, width), (1, *block))
+    ids = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
+    ids[(rng.random(ids.shape) < absent) | (ids == 3)] = -1
+    weights = jnp.asarray(rng.random((tokens, 3)), jnp.float32)
+    args = (x, jnp.asarray(ids), weights, w1, w2, jnp.int32(1))
+    got, want = grouped_mlp(*args, kernels=KERNELS), grouped_mlp(*args)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    assert (np.asarray(want) != 0).any() == bool((ids >= 0).any())
+
+
+@pytest.mark.parametrize("block", FP8_BLOCKS)
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize(
+    ("inside", "outside"), [((288,), (2, 176)), ((3, 96), (160,)), ((96,), (3, 192))]
+)
+def test_products_read_fp8(rng, block, rows, inside, outside):
+    of_stack = (1,) * (len(inside) - 1) + block[:1] + (1,) * (len(outside) - 1) + block[1:]
+    stack = quantised(rng, (3, *inside, *outside), of_stack)
+    weight = StackedWeight(stack=stack, layer=jnp.int32(2))
+    assert dense.pallas.unsupported(stack, len(inside)) is None
+    x = jnp.asarray(rng.standard_normal((rows, *inside)), jnp.float32)
+    got, want = (matmul(x, weight, len(inside), k) for k in (KERNELS, XLA))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_fp8_and_plain_weights_share_a_kernel(rng):
+    x = jnp.asarray(rng.standard_normal((5, 128)), jnp.float32)
+    plain = jnp.asarray(rng.standard_normal((3, 128, 80)), jnp.float32)
+    stacks = quantised(rng, (3, 128, 2, 48), (64, 1, 48)), plain
+    weights = [StackedWeight(stack=stack, layer=jnp.int32(1)) for stack in stacks]
+    for parts, weight in zip(matmul_parts(x, weights, 1, KERNELS), weights, strict=True):
+        want = matmul(x, weight, 1, XLA)
+        np.testing.assert_allclose(parts.sum(axis=0), want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((96, 96), (12, 20)), ((96, 2, 40), (32, 1, 32)), ((96, 96), (1, 32))]
+)
+def test_fp8_blocks_that_kernels_cannot_cut_are_named(shape, block):
+    assert "not multiples of 16" in fp8_unsupported(shape, block)
+    assert fp8_unsupported((4, 7168, 2, 2048), (128, 1, 128)) is None
 
 
 @pytest.mark.parametrize(
@@ -314,13 +390,13 @@ def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype,
 
 @pytest.mark.parametrize("few", [0, 21])  # the kernel computes the logits, or XLA does
 @pytest.mark.parametrize(
-    "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2"]
-)  # softmax; sigmoid with bias; softmax, normalised; experts that are no power of two
+    "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2", "deepseek_v2", "deepseek_v3"]
+)  # softmax; sigmoid with bias; normalised; experts that are no power of two; two kinds of groups
 def test_routing_equals_its_twin(rng, name, few, monkeypatch):
     monkeypatch.setattr(routing, "FEW_ROWS", few)
     config = ModelConfig.from_folder(DATA / name)
     width, experts = 7 * 64, config.num_experts
-    assert routing_unsupported(width, config.num_groups) is None
+    assert routing_unsupported(width) is None
     x = jnp.asarray(rng.standard_normal((21, width)), jnp.float32)
     stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 12, jnp.float32)
     bias = jnp.asarray(rng.uniform(-1.5, -0.5, experts), jnp.float32)
@@ -334,11 +410,42 @@ def test_routing_equals_its_twin(rng, name, few, monkeypatch):
         scoring=config.scoring,
         normalize=config.normalize_weights,
         scale=config.routed_scaling,
+        groups=routing_groups(config),
         interpret=True,
     )
     ids, weights = route(jnp.dot(x, stack[1], precision="highest"), bias, config)
     np.testing.assert_array_equal(got[0], ids)
     np.testing.assert_allclose(got[1], weights, rtol=1e-4)
+
+
+def test_groups_of_experts_that_are_equally_good_are_kept_in_order():
+    """Equal scores everywhere: the first groups, and in them the first experts, as in XLA."""
+    config = ModelConfig.from_folder(DATA / "deepseek_v3")
+    x, stack = jnp.zeros((3, 64)), jnp.zeros((1, 64, config.num_experts))
+    got, _ = routing.route(
+        *(x, stack, jnp.int32(0), None),
+        k=config.num_experts_per_token,
+        scoring="sigmoid",
+        normalize=True,
+        scale=1.0,
+        groups=routing_groups(config),
+        interpret=True,
+    )
+    want, _ = route(jnp.zeros((3, config.num_experts)), None, config)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_layers_out_of_reach_are_copied(monkeypatch, rng):
+    """FP8 between 2 and 4 GiB: the same numbers from a stack of the layer alone."""
+    assert [matrices.out_of_reach(n) for n in (2**31, 2**31 + 1, 2**32, 2**32 + 1)] == [
+        *(False, True, True, False)
+    ]
+    stack = quantised(rng, (3, 2, 32, 48), (1, 32, 16))
+    assert matrices.in_reach(stack, jnp.int32(2)) == (stack, jnp.int32(2))
+    monkeypatch.setattr(matrices, "out_of_reach", lambda size: True)
+    copy, index = matrices.in_reach(stack, jnp.int32(2))
+    assert (copy.shape, copy.scale.shape, int(index)) == ((1, 2, 32, 48), (1, 2, 1, 3), 0)
+    np.testing.assert_array_equal(copy[...][0], stack[...][2])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -434,3 +541,65 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
             *(array(26, 64, 2048, 2, 1408), array(26, 64, 1408, 2048), layer),
         )
         assert "triton" in text
+
+
+def abstract_fp8(shape, block):
+    steps = (1,) * (len(shape) - len(block)) + block
+    blocks = [-(-n // b) for n, b in zip(shape, steps, strict=True)]
+    return BlockFP8(
+        data=jax.ShapeDtypeStruct(shape, FP8),
+        scale=jax.ShapeDtypeStruct(blocks, jnp.float32),
+        block=block,
+        dtype=jnp.dtype(jnp.bfloat16),
+    )
+
+
+def test_kernels_of_deepseek_v3_in_fp8_lower_for_cuda():
+    """128 heads, 64 experts of 256 and groups of them on a device, weights and pool in FP8."""
+    kernels = dataclasses.replace(KERNELS, interpret=False)
+    bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+    array = jax.ShapeDtypeStruct
+    layer, pool = array((), i32), array((5, 20000, 16, 576), FP8)
+    experts = (
+        abstract_fp8((3, 64, 7168, 2, 2048), (1, 128, 1, 128)),
+        abstract_fp8((3, 64, 2048, 7168), (1, 128, 128)),
+    )
+    for tokens in (64, 4096):
+        rows = (array((tokens, 7168), bf16), array((tokens, 8), i32), array((tokens, 8), f32))
+        text = lowered_for_cuda(
+            lambda *a: grouped_mlp(*a, num_experts=256, kernels=kernels), *rows, *experts, layer
+        )
+        assert "experts_down" in text
+        text = lowered_for_cuda(
+            lambda x, w, i, b: routing.route(
+                *(x, w, i, b),
+                **{"k": 8, "scoring": "sigmoid", "normalize": True, "scale": 2.5},
+                groups=routing.Groups(8, 4, 2),
+            ),
+            *(rows[0], array((3, 7168, 256), f32), layer, array((256,), f32)),
+        )
+        assert "route" in text
+    for rows in (64, 300):
+        for shape, block, num_in in (
+            ((1536, 128, 192), (128, 1, 64), 1),
+            ((7168, 576), (128, 128), 1),
+            ((128, 128, 7168), (1, 128, 128), 2),
+            ((7168, 2, 18432), (128, 1, 128), 1),
+        ):
+            text = lowered_for_cuda(
+                lambda x, w, i, n=num_in: matmul(x, StackedWeight(stack=w, layer=i), n, kernels),
+                *(array((rows, *shape[:num_in]), bf16), abstract_fp8((5, *shape), block), layer),
+            )
+            assert "dense" in text
+    stacks = array((5, 128, 128, 512), bf16), array((5, 128, 512, 128), bf16)
+    text = lowered_for_cuda(
+        lambda q, r, uk, uv, pool, layer, *a: decode_heads(
+            *(q, r, StackedWeight(stack=uk, layer=layer), StackedWeight(stack=uv, layer=layer)),
+            *(pool, layer, *a),
+            scale=0.1,
+            kernels=kernels,
+        ),
+        *(array((64, 128, 128), bf16), array((64, 128, 64), bf16), *stacks, pool, layer),
+        *(array((64, 300), i32), array((64,), i32)),
+    )
+    assert "mla_decode" in text

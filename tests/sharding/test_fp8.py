@@ -11,13 +11,14 @@ import pytest
 from model.checkpoint import CheckpointError, SafetensorsFolder
 from model.config import ModelConfig
 from model.formats.fp8 import Fp8Checkpoint, fp8_parameters, is_quantized_by_habit
+from model.ops.matrices import unsupported
 from model.quantization import BlockFP8
 from sharding.layout import make_layout
 from sharding.sources import open_source
 from sharding.step import ModelSpec
 from tests.fixtures import DATA, load_fixture
 from tests.fp8 import FP8, dequantize, quantize, write_fp8
-from tests.harness import MeshModel, SliceRows
+from tests.harness import KERNELS, MeshModel, SliceRows
 
 PAGES = list(range(1, 55))
 ROUNDING = 2e-4
@@ -83,6 +84,17 @@ def test_other_architectures(tmp_path, name, layout):
     assert any(p.dtype == FP8 for p in kept.spec.params)
     wanted = logits_of(MeshModel(plain, layout), name)
     assert np.abs(logits_of(kept, name) - wanted).max() < ROUNDING
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)])
+def test_kernels_give_the_logits_of_the_definitions(tmp_path, layout):
+    """Experts, dense products and routing by groups, the weights staying in FP8."""
+    fp8, _ = write_fp8(tmp_path, (16, 32))
+    wanted = MeshModel(fp8, layout)
+    taken = [path for path, blocks in wanted.spec.fp8_blocks.items() if not unsupported(*blocks)]
+    assert {path.rpartition(".")[2] for path in taken} >= {"w1", "w2", "q_a", "gate_up", "down"}
+    got = MeshModel(fp8, layout, kernels=KERNELS)
+    assert np.abs(logits_of(got) - logits_of(wanted)).max() < ROUNDING
 
 
 @pytest.mark.parametrize("block", [(128, 128), (16, 16), (5, 7), (1, 64)])

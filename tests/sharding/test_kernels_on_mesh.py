@@ -5,8 +5,6 @@ Interpreted, so one prompt and a few decode steps must do.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -20,12 +18,10 @@ from tests.harness import KERNELS, MeshModel, SliceRows
 )
 def test_logits_equal_the_reference(name, layout, exchange):
     fixture = load_fixture(name)
-    grouped = name == "deepseek_v3"
-    kernels = replace(KERNELS, routing="xla") if grouped else KERNELS
     prompt = fixture.prompts[3]
     tokens = prompt["prompt"]
     model = MeshModel(
-        fixture.folder, layout, exchange, decode_rows=2, prefill_rows=64, kernels=kernels
+        fixture.folder, layout, exchange, decode_rows=2, prefill_rows=64, kernels=KERNELS
     )
     pages = list(np.random.default_rng(0).permutation(np.arange(1, 160))[:54])
     idle = [SliceRows() for _ in range(model.layout.num_slices - 1)]

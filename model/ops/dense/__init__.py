@@ -85,6 +85,4 @@ def matmul_parts(
 
 def _read_in_place(weight: Any, num_in: int) -> bool:
     """Whether the kernel takes the weight."""
-    if not isinstance(weight, StackedWeight) or isinstance(weight.stack, BlockFP8):
-        return False
-    return pallas.unsupported(weight.stack.shape[1:], num_in) is None
+    return isinstance(weight, StackedWeight) and pallas.unsupported(weight.stack, num_in) is None

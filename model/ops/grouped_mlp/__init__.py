@@ -20,6 +20,7 @@ def grouped_mlp(
     w2: jax.Array | BlockFP8,
     layer: jax.Array,
     *,
+    num_experts: int | None = None,
     kernels: Kernels = XLA,
 ) -> jax.Array:
     """Weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
@@ -30,18 +31,24 @@ def grouped_mlp(
         weights: f32 [T, K].
         w1: [L, E, D, 2, F], gate and up of all layers; w2: [L, E, F, D].
         layer: i32 scalar: the stacks are indexed here, so that no layer is ever sliced out.
-        kernels: which implementation; those in Pallas take no FP8 weights. `hopper` is meant for
-            weights that its kernels can take (`hopper.unsupported`).
+        num_experts: of all devices, among which tokens choose; by default those of this one.
+        kernels: which implementation. `hopper` is meant for weights that its kernels can take
+            (`hopper.unsupported`), which are no FP8 ones.
 
     Returns:
         [T, D] in x's dtype, summed in float32.
     """
     if kernels.grouped_mlp == "xla":
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
-    if isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8):
-        raise TypeError("the Pallas grouped matmul takes no FP8 weights")
-    if kernels.hopper and expert_ids.size >= hopper.LEAST_LOAD * w1.shape[1]:
+    load = expert_ids.size / (num_experts or w1.shape[1])
+    if kernels.hopper and load >= hopper.LEAST_LOAD:
+        if isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8):
+            raise TypeError("the experts' kernels for Hopper take no FP8 weights")
         return hopper.grouped_mlp(
             x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret
         )
-    return pallas.grouped_mlp(x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret)
+    return pallas.grouped_mlp(
+        *(x, expert_ids, weights, w1, w2, layer),
+        num_experts=num_experts,
+        interpret=kernels.interpret,
+    )

@@ -20,11 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.ops.kernels import largest_block, whole
+from model.ops.matrices import MIN_BLOCK, Matrices, in_reach
+from model.quantization import BlockFP8
 
-MIN_BLOCK = 16
-"""Triton multiplies no smaller matrices."""
 FEW_PAIRS = 4096
 """Up to so many, programs that sort 64 of them are faster than some that sort 128."""
+
+MOST_COUNTS = 1 << 15
+"""Of pairs per block and expert, that every program of the sort adds up by itself."""
 
 
 class Tiles(NamedTuple):
@@ -52,10 +55,10 @@ def block_rows(pairs: int, experts: int) -> int:
     return rows
 
 
-def tiles(rows: int, columns: int, contracted: int, itemsize: int, *, gated: bool) -> Tiles:
+def tiles(rows: int, w: Matrices, itemsize: int, *, gated: bool) -> Tiles:
     """Sizes that were fastest on an H100 (docs/performance.md), as far as they divide the matrix.
 
-    `gated`: two matrices share the block's columns.
+    `gated`: two matrices share the block's columns. `itemsize`: of activations.
     """
     if rows >= 64:
         most_columns, most_depth, warps, stages = (128 if gated else 256), 64, 8, 4
@@ -63,15 +66,12 @@ def tiles(rows: int, columns: int, contracted: int, itemsize: int, *, gated: boo
             most_columns, warps = 128, 4 if not gated else 8
     else:
         most_columns, most_depth, warps, stages = (64 if gated else 128), 64, 4, 4
+        if w.scale is not None:
+            most_depth = 128
     if itemsize > 2:  # half the tile: shared memory is counted in bytes
         most_columns, most_depth, stages = most_columns // 2, most_depth // 2, 2
-    return Tiles(
-        rows,
-        largest_block(columns, most_columns),
-        largest_block(contracted, most_depth),
-        warps,
-        stages,
-    )
+    columns = largest_block(w.inner[1], w.columns(most_columns))  # of gate or of up
+    return Tiles(rows, columns, w.depth(most_depth), warps, stages)
 
 
 class _Block(NamedTuple):
@@ -97,28 +97,26 @@ def _find_block(counts_ref, index, rows: int) -> _Block:
     return _Block(index < jnp.max(ends), expert, first_pair + inside, inside < count)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _gate_up_kernel(x_ref, w_ref, order_ref, counts_ref, layer_ref, out_ref, *, k: int, t: Tiles):
+def _gate_up_kernel(
+    x_ref, w: Matrices, order_ref, counts_ref, layer_ref, out_ref, *, k: int, t: Tiles
+):
     """out [rows, columns] = silu(x @ gate) * (x @ up) of a block's tokens."""
     block, first = _find_block(counts_ref, pl.program_id(1), t.rows), pl.program_id(0) * t.columns
 
     @pl.when(block.used)
     def _() -> None:
-        layer, column = layer_ref[0], pl.ds(first, t.columns)
+        matrix, width = layer_ref[0] + block.expert, w.shape[2] // 2
         pairs = plgpu.load(order_ref.at[block.places], mask=block.live, other=0)
         token = pairs // k
 
         def body(i, carry):
-            gate, up = carry
-            depth = pl.ds(i * t.depth, t.depth)
-            at = i * t.depth + lax.broadcasted_iota(jnp.int32, (1, t.depth), 1)
+            row = i * t.depth
+            at = row + lax.broadcasted_iota(jnp.int32, (1, t.depth), 1)
             x = x_ref[token[:, None], at]
-            w_gate = w_ref[layer, block.expert, depth, 0, column]
-            w_up = w_ref[layer, block.expert, depth, 1, column]
-            return gate + _dot(x, w_gate), up + _dot(x, w_up)
+            return tuple(
+                w.add_product(total, x, matrix, row, column)
+                for total, column in zip(carry, (first, width + first), strict=True)
+            )
 
         zero = jnp.zeros((t.rows, t.columns), jnp.float32)
         gate, up = lax.fori_loop(0, x_ref.shape[1] // t.depth, body, (zero, zero))
@@ -128,7 +126,7 @@ def _gate_up_kernel(x_ref, w_ref, order_ref, counts_ref, layer_ref, out_ref, *, 
 
 def _down_kernel(
     h_ref,
-    w_ref,
+    w: Matrices,
     weight_ref,
     order_ref,
     counts_ref,
@@ -142,13 +140,12 @@ def _down_kernel(
 
     @pl.when(block.used)
     def _() -> None:
-        layer, column = layer_ref[0], pl.ds(first, t.columns)
+        matrix = layer_ref[0] + block.expert
         pairs = plgpu.load(order_ref.at[block.places], mask=block.live, other=0)
 
         def body(i, total):
-            depth = pl.ds(i * t.depth, t.depth)
-            h = h_ref[:, depth]
-            return total + _dot(h, w_ref[layer, block.expert, depth, column])
+            h = h_ref[:, pl.ds(i * t.depth, t.depth)]
+            return w.add_product(total, h, matrix, i * t.depth, first)
 
         zero = jnp.zeros((t.rows, t.columns), jnp.float32)
         total = lax.fori_loop(0, h_ref.shape[1] // t.depth, body, zero)
@@ -160,24 +157,31 @@ def _down_kernel(
         plgpu.store(out_ref.at[places[:, None], at], total, mask=block.live[:, None])
 
 
-def _sort_kernel(ids_ref, blocks_ref, order_ref, counts_ref, *, rows: int):
-    """The places of a block of pairs: behind all of smaller experts, and of the blocks before."""
+def _sort_kernel(ids_ref, blocks_ref, order_ref, *counts_refs, rows: int):
+    """The places of a block of pairs: behind all of smaller experts, and of the blocks before.
+
+    `blocks_ref`: every block's pairs per expert [blocks, E], whose sums are the second result; or
+    where this block's pairs of each expert begin [E].
+    """
     block, pairs = pl.program_id(0), ids_ref.shape[0]
     pair = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
     ids = plgpu.load(ids_ref.at[pair], mask=pair < pairs, other=-1)
-    of_blocks = blocks_ref[...]  # [blocks, E]
-    numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
-    counts = jnp.sum(of_blocks, axis=0)
-    before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
-    first = jnp.cumsum(counts) - counts + before  # [E]
-    mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (rows, counts.shape[0]), 1)
+    if counts_refs:
+        of_blocks = blocks_ref[...]
+        numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
+        counts = jnp.sum(of_blocks, axis=0)
+        before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
+        first = jnp.cumsum(counts) - counts + before  # [E]
+        counts_refs[0][...] = counts
+    else:
+        first = blocks_ref[...]
+    mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (rows, first.shape[0]), 1)
     mine = mine.astype(jnp.int32)
     inside = jnp.cumsum(mine, axis=0) - mine
     places = jnp.sum(mine * (first[None] + inside), axis=1)
     live = (ids >= 0) & (pair < pairs)
     # No two lanes name one place, see `_down_kernel`.
     plgpu.store(order_ref.at[jnp.where(live, places, pairs + pair)], pair, mask=live)
-    counts_ref[...] = counts
 
 
 def sort_pairs(
@@ -194,79 +198,97 @@ def sort_pairs(
     """
     pairs = expert_ids.shape[0]
     padded = 1 << (experts - 1).bit_length()
-    rows = 64 if pairs <= FEW_PAIRS else 128
+    rows = 64 if pairs <= FEW_PAIRS or padded > 128 else 128
     ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
     blocks = len(ids) // rows
     of_blocks = jnp.sum(
         ids.reshape(blocks, 1, rows) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
     )
-    of_blocks = jnp.pad(of_blocks, ((0, (1 << (blocks - 1).bit_length()) - blocks), (0, 0)))
-    return pl.pallas_call(
+    out_shape = [(pairs,), (padded,)]
+    if blocks * padded <= MOST_COUNTS:
+        numbers = jnp.pad(of_blocks, ((0, (1 << (blocks - 1).bit_length()) - blocks), (0, 0)))
+        spec = whole(numbers.shape)
+    else:
+        # By products with triangles, which are exact: a cumulative sum is dozens of kernels.
+        before = jnp.matmul(
+            jnp.tril(jnp.ones((blocks, blocks), jnp.bfloat16), -1),
+            of_blocks.astype(jnp.bfloat16),
+            preferred_element_type=jnp.float32,
+        ).astype(jnp.int32)
+        counts = before[-1] + of_blocks[-1]
+        numbers = before + jnp.tril(jnp.broadcast_to(counts, (padded, padded)), -1).sum(axis=1)
+        spec = pl.BlockSpec((None, padded), lambda i: (i, 0))
+        del out_shape[1]
+    order, *sums = pl.pallas_call(
         functools.partial(_sort_kernel, rows=rows),
         grid=(blocks,),
-        in_specs=[
-            pl.BlockSpec((pairs,), lambda i: (0,)),
-            whole(of_blocks.shape),
-        ],
-        out_specs=[
-            whole((pairs,)),
-            whole((padded,)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((pairs,), jnp.int32),
-            jax.ShapeDtypeStruct((padded,), jnp.int32),
-        ],
+        in_specs=[pl.BlockSpec((pairs,), lambda i: (0,)), spec],
+        out_specs=[whole(shape) for shape in out_shape],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in out_shape],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="sort_pairs",
-    )(expert_ids, of_blocks)
+    )(expert_ids, numbers)
+    return order, sums[0] if sums else counts
 
 
 def grouped_mlp(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    w1: jax.Array,
-    w2: jax.Array,
+    w1: jax.Array | BlockFP8,
+    w2: jax.Array | BlockFP8,
     layer: jax.Array,
     *,
+    num_experts: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `model.ops.grouped_mlp.grouped_mlp`."""
     (t, d), k = x.shape, expert_ids.shape[1]
     experts, f = w1.shape[1], w1.shape[-1]
     pairs = t * k
-    rows = block_rows(pairs, experts)
+    # Of a token's experts as many are here as these are of all, or the one that it came for.
+    here = max(1, -(-k * experts // max(experts, num_experts or experts)))
+    rows = block_rows(t * here, experts)
     blocks = -(-pairs // rows) + min(experts, pairs)
     order, counts = sort_pairs(expert_ids.reshape(-1), experts, interpret=interpret)
-    layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
 
-    first = tiles(rows, f, d, x.dtype.itemsize, gated=True)
+    def stacked(stack: jax.Array | BlockFP8) -> tuple[Matrices, jax.Array]:
+        """All experts of all layers, and where the layer's begin."""
+        stack, index = in_reach(stack, layer)
+        begin = jnp.reshape(index, (1,)).astype(jnp.int32) * experts
+        return Matrices.of(stack, 2, 1), begin
+
+    gate_up, begin = stacked(w1)
+    first = tiles(rows, gate_up, x.dtype.itemsize, gated=True)
+    others = (order, counts, begin)
     inner = pl.pallas_call(
         functools.partial(_gate_up_kernel, k=k, t=first),
         grid=(f // first.columns, blocks),
-        in_specs=[whole(a.shape) for a in (x, w1, order, counts, layer)],
+        in_specs=[whole(x.shape), gate_up.specs, *(whole(a.shape) for a in others)],
         out_specs=pl.BlockSpec((rows, first.columns), lambda j, i: (i, j)),
         out_shape=jax.ShapeDtypeStruct((blocks * rows, f), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=first.warps, num_stages=first.stages),
         interpret=interpret,
         name="experts_gate_up",
-    )(x, w1, order, counts, layer)
-    second = tiles(rows, d, f, x.dtype.itemsize, gated=False)
-    flat_weights = weights.astype(jnp.float32).reshape(-1)
+    )(x, gate_up, *others)
+    down, begin = stacked(w2)
+    second = tiles(rows, down, x.dtype.itemsize, gated=False)
+    others = (weights.astype(jnp.float32).reshape(-1), order, counts, begin)
     out = pl.pallas_call(
         functools.partial(_down_kernel, t=second),
         grid=(d // second.columns, blocks),
         in_specs=[
             pl.BlockSpec((rows, f), lambda j, i: (i, 0)),
-            *(whole(a.shape) for a in (w2, flat_weights, order, counts, layer)),
+            down.specs,
+            *(whole(a.shape) for a in others),
         ],
         out_specs=whole((pairs, d)),
         out_shape=jax.ShapeDtypeStruct((pairs, d), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=second.warps, num_stages=second.stages),
         interpret=interpret,
         name="experts_down",
-    )(inner, w2, flat_weights, order, counts, layer)
+    )(inner, down, *others)
     # Absent pairs were never written. Additions in a row fuse with what follows; a reduction is
     # a kernel of its own.
     out = jnp.where((expert_ids >= 0)[..., None], out.reshape(t, k, d), 0).astype(jnp.float32)

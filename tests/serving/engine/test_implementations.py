@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import jax.numpy as jnp
 import pytest
 
 from model.config import ModelConfig
+from model.formats.fp8 import fp8_parameters, is_quantized_by_habit
 from model.ops.kernels import Kernels
+from scripts.bench_offline import SHAPES
 from serving.config import ConfigError, ServerConfig, parse_args
 from serving.engine.implementations import choose_kernels
 from sharding.layout import make_layout
+from sharding.step import ModelSpec
 from tests.fixtures import DATA
 
 
 def choose(
-    name, platform="cuda", layout=(1, 1, 1), capability="8.0", dtype="bfloat16", fp8=(), **flags
+    name, platform="cuda", layout=(1, 1, 1), capability="8.0", dtype="bfloat16", fp8=None, **flags
 ):
     model = ModelConfig.from_folder(DATA / name)
     if capability == "9.0":  # sizes that its kernels take
@@ -44,13 +48,49 @@ def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
 def test_what_has_no_kernel_runs_in_xla_and_the_log_says_so(caplog):
     with caplog.at_level(logging.INFO, "meshserve.engine"):
         gqa = choose("qwen3_moe")
-        groups = choose("deepseek_v3")  # v_head_dim 24; experts in groups
-        fp8 = choose("deepseek_v2_lite", fp8=["segments.1.experts.w1", "segments.1.layers.out"])
+        v3 = choose("deepseek_v3")  # v_head_dim 24
+        odd = choose(
+            "deepseek_v2_lite",
+            fp8={
+                "segments.1.experts.w1": ((26, 64, 64, 2, 32), (1, 12, 1, 20)),
+                "segments.1.layers.attention.out": ((26, 4, 16, 64), (1, 4, 20)),
+            },
+        )
     assert (gqa.decode_attention, gqa.dense, gqa.grouped_mlp) == ("xla", "xla", "pallas")
-    assert (groups.extend_attention, groups.routing) == ("xla", "xla")
-    assert (fp8.grouped_mlp, fp8.decode_attention) == ("xla", "pallas")
-    for text in ("only multi-head latent", "v_head_dim 24", "by groups", "stay in FP8: xla"):
+    assert (v3.extend_attention, v3.routing) == ("xla", "pallas")
+    assert (odd.grouped_mlp, odd.decode_attention) == ("xla", "pallas")
+    for text in (
+        *("only multi-head latent", "v_head_dim 24"),
+        *("FP8 blocks of 1x12x1x20", "layers.attention.out: xla, no kernel for it: FP8 blocks"),
+    ):
         assert text in caplog.text
+
+
+def published_fp8(layers, layout):
+    """DeepSeek-V3's own configuration, cut to some layers, and its FP8 parameters on a device."""
+    config = ModelConfig.from_hf(SHAPES["deepseek-v3"] | {"num_hidden_layers": layers})
+    names = fp8_parameters(config, is_quantized_by_habit)
+    return config, ModelSpec(config, jnp.dtype("bfloat16"), layout, names).fp8_blocks
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 4, 4), (8, 8, 8), (4, 1, 1), (8, 4, 8)])
+def test_published_fp8_blocks_get_kernels(caplog, sizes):
+    layout = make_layout(*sizes)
+    config, blocks = published_fp8(4, layout)
+    assert len(blocks) == 2 * 4 + 2 + 4
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        chosen = choose_kernels(ServerConfig(), config, layout, platform="cuda", fp8=blocks)
+    assert {chosen.grouped_mlp, chosen.dense, chosen.routing, chosen.extend_attention} == {"pallas"}
+    assert "no kernel" not in caplog.text
+
+
+def test_stacks_that_kernels_do_not_reach_are_named(caplog):
+    layout = make_layout(4, 4, 4)
+    config, blocks = published_fp8(5, layout)  # 2 MoE layers: 64 experts' w1 are 3.5 GiB
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        choose_kernels(ServerConfig(), config, layout, platform="cuda", fp8=blocks)
+    assert caplog.text.count("is copied before it is read") == 1
+    assert "segments.1.experts.w1: kernels reach no FP8 weights of 3.5 GiB" in caplog.text
 
 
 def test_widths_are_those_of_a_device():
