@@ -12,6 +12,7 @@ from typing import Literal
 from jax.experimental import pallas as pl
 
 Implementation = Literal["xla", "pallas"]
+ExtendImplementation = Implementation | Literal["hopper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +20,8 @@ class Kernels:
     """The implementation of every operation that has more than one.
 
     Attributes:
-        decode_attention, extend_attention: of MLA; GQA has the XLA definition only.
+        decode_attention, extend_attention: of MLA; GQA has the XLA definition only. Of two extend
+            kernels "hopper" is for GPUs of compute capability 9.0 alone.
         mla_inputs: norm, rotation and cache write between MLA's projections and its attention.
         grouped_mlp: of the routed experts.
         routing: choosing and weighing experts.
@@ -33,7 +35,7 @@ class Kernels:
     """
 
     decode_attention: Implementation = "xla"
-    extend_attention: Implementation = "xla"
+    extend_attention: ExtendImplementation = "xla"
     mla_inputs: Implementation = "xla"
     grouped_mlp: Implementation = "xla"
     routing: Implementation = "xla"

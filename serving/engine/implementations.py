@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
+from jax.typing import DTypeLike
+
 from model.config import ModelConfig
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
-from model.ops.kernels import Implementation, Kernels
+from model.ops.kernels import ExtendImplementation, Implementation, Kernels
 from model.ops.mla_attention import extend as extend_kernels
+from model.ops.mla_attention import hopper as hopper_kernel
 from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
@@ -27,11 +30,15 @@ def choose_kernels(
     layout: Layout,
     *,
     platform: str,
+    capability: str | None,
+    dtype: DTypeLike,
     fp8: Collection[str] = (),
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
 
     Args:
+        capability: the devices' compute capability, if they are NVIDIA GPUs.
+        dtype: of activations.
         fp8: paths of the parameters that stay in FP8 on the devices.
 
     Raises:
@@ -48,13 +55,15 @@ def choose_kernels(
             config.moe_runner_backend,
             here or _no_experts(model, layout, fp8_experts=any(".experts." in p for p in fp8)),
         )
-    extend: Implementation = attention
+    extend: ExtendImplementation = attention
     if attention == "pallas" and config.enable_deterministic_inference:
         extend = "xla"
         log.info(
             "extend attention: xla, because the kernel's bits depend on what is cached, which "
             "--enable-deterministic-inference excludes"
         )
+    elif attention == "pallas":
+        extend = _extend_kernel(model, capability, dtype)
     routing: Implementation = experts
     if experts == "pallas" and (reason := route_unsupported(model.hidden_size, model.num_groups)):
         routing = "xla"
@@ -89,6 +98,17 @@ def _chosen(flag: str, asked: str, reason: str | None) -> Implementation:
         raise ConfigError(f"{flag} pallas: no kernels for this model here: {reason}; use xla.")
     log.info("%s auto: xla, no kernels for this model here: %s", flag, reason)
     return "xla"
+
+
+def _extend_kernel(
+    model: ModelConfig, capability: str | None, dtype: DTypeLike
+) -> ExtendImplementation:
+    sizes = model.kv_lora_rank, model.rotary_dim, model.qk_nope_head_dim, model.v_head_dim
+    reason = hopper_kernel.unsupported(capability, dtype, *sizes)
+    if reason is None:
+        return "hopper"
+    log.info("extend attention: pallas, the kernel for Hopper GPUs is not for this: %s", reason)
+    return "pallas"
 
 
 def _no_attention(model: ModelConfig) -> str | None:

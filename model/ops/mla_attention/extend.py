@@ -9,6 +9,7 @@ which is the same. Where no chunk has a prefix, nothing of that runs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,8 @@ class Chunks(NamedTuple):
 
 State = tuple[jax.Array, jax.Array]
 """What rows have seen so far: normalised sums f32 [M, H, V], log-sum-exps f32 [M, H] in base 2."""
+Attend = Callable[..., "State | jax.Array"]
+"""A kernel, see `attend`."""
 
 
 def unsupported(latent: int, rope: int, nope: int, value: int) -> str | None:
@@ -155,7 +158,7 @@ def _kernel(
     plgpu.store(out_ref.at[at], out, mask=at[0] < out_ref.shape[0])
 
 
-def _attend(
+def attend(
     q_nope: jax.Array,
     q_rope: jax.Array,
     expanded: Expanded,
@@ -170,8 +173,8 @@ def _attend(
     """The last m rows of [n, H, nope or more] and [n, H, R] against their chunks' keys.
 
     Causal, a chunk's keys are its rows and the result is [n, H, V], in which other rows are
-    undefined; else every key is seen, and the result is the state, written over `start`, with a
-    few rows more than m to make whole blocks.
+    undefined; else every key is seen, and the result is the state after `start` (None: nothing),
+    with a few rows more than m to make whole blocks.
     """
     heads, value = q_nope.shape[1], expanded.values.shape[-1]
     rows = block_rows(m)
@@ -181,7 +184,7 @@ def _attend(
         zeros = (0,) * len(width)
         return pl.BlockSpec((rows, None, *width), lambda i, h: (blocks - 1 - i, h, *zeros))
 
-    operands = (*expanded, _chunks_of_blocks(chunks.first_row, blocks, rows), *chunks)
+    operands = (*expanded, chunks_of_blocks(chunks.first_row, blocks, rows), *chunks)
     state_specs = [of_rows(value), of_rows()]
     if causal:
         out_shape = [((*q_nope.shape[:2], value), q_nope.dtype)]
@@ -206,7 +209,7 @@ def _attend(
         in_specs=[*(whole(a.shape) for a in operands), *state_specs[: len(state)]],
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in out_shape],
-        input_output_aliases={} if causal else {len(operands): 0, len(operands) + 1: 1},
+        input_output_aliases={len(operands) + i: i for i in range(0 if causal else len(state))},
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="mla_causal" if causal else "mla_prefix",
@@ -222,7 +225,7 @@ def block_rows(m: int) -> int:
     return rows
 
 
-def _chunks_of_blocks(first_row: jax.Array, blocks: int, rows: int) -> jax.Array:
+def chunks_of_blocks(first_row: jax.Array, blocks: int, rows: int) -> jax.Array:
     """First and last chunk with rows in each block of rows, i32 [blocks, 2]."""
     ends = jnp.arange(blocks, dtype=jnp.int32)[:, None] * rows + jnp.array([0, rows - 1])
     before = first_row[None, None] <= ends[..., None]
@@ -239,14 +242,15 @@ def _prefix_piece(
 ) -> jax.Array:
     """Cached entries [size, C + R] of the prefixes laid end to end, from token `first` on.
 
-    What stands behind the last one is some other entry.
+    Zeros stand behind the last one.
     """
     page_size = kv.shape[2]
     token = first + jnp.arange(size, dtype=jnp.int32)
     chunk = (prefixes.ends[None] <= token[:, None]).sum(axis=1, dtype=jnp.int32)
     chunk = jnp.minimum(chunk, len(prefixes.ends) - 1)
     position = jnp.clip(token - prefixes.first[chunk], 0, tables.shape[1] * page_size - 1)
-    return kv[layer, tables[chunk, position // page_size], position % page_size]
+    cached = kv[layer, tables[chunk, position // page_size], position % page_size]
+    return jnp.where((token < prefixes.ends[-1])[:, None], cached, 0)
 
 
 def extend_attention(
@@ -265,15 +269,16 @@ def extend_attention(
     rows: slice,
     num_rows: int,
     scale: float,
+    kernel: Attend = attend,
     interpret: bool = False,
 ) -> jax.Array:
     """See `model.ops.mla_attention.extend_attention`; None for prefixes says that there are none.
 
-    Whether there are any must else be asked, which the host does, layer by layer.
+    Whether there are any must else be asked, which the host does, layer by layer. `kernel` is
+    `attend` of this module or another.
     """
-    m, heads = rows.stop - rows.start, q_nope.shape[1]
-    rope, value = q_rope.shape[-1], w_uv.shape[-1]
-    attend = functools.partial(_attend, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
+    m, rope = rows.stop - rows.start, q_rope.shape[-1]
+    met = functools.partial(kernel, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
     # Whole entries times weights that ignore the rope key: cutting entries would copy them.
     w_uk = jnp.pad(w_uk, ((0, 0), (0, 0), (0, rope)))
     w_uv = jnp.pad(w_uv, ((0, 0), (0, rope), (0, 0)))
@@ -288,26 +293,21 @@ def extend_attention(
     def causal(start: State | None = None) -> jax.Array:
         first_key = chunk_first_row + (len(entries) - num_rows)
         chunks = Chunks(first_row, chunk_rows, first_key, chunk_rows)
-        return attend(own, chunks, start, causal=True)
+        return met(own, chunks, start, causal=True)
 
     if prefixes is None:
         return causal()
     size = min(MAX_PIECE, max(MIN_PIECE, m))
 
-    def one_piece(i: jax.Array, state: State) -> State:
+    def one_piece(i: jax.Array | int, state: State | None) -> State:
         cached = _prefix_piece(kv, layer, tables, prefixes, i * size, size)
         first = jnp.clip(prefixes.first - i * size, 0, size)
         end = jnp.clip(prefixes.first + prefixes.lengths - i * size, 0, size)
         chunks = Chunks(first_row, chunk_rows, first, end - first)
-        return attend(expand(cached.astype(q_nope.dtype)), chunks, state, causal=False)
+        return met(expand(cached.astype(q_nope.dtype)), chunks, state, causal=False)
 
     def after_prefixes() -> jax.Array:
-        whole = m + -m % block_rows(m)
-        nothing = (
-            jnp.zeros((whole, heads, value), jnp.float32),
-            jnp.full((whole, heads), MASKED, jnp.float32),
-        )
         pieces = (prefixes.ends[-1] + size - 1) // size
-        return causal(lax.fori_loop(0, pieces, one_piece, nothing))
+        return causal(lax.fori_loop(1, pieces, one_piece, one_piece(0, None)))
 
     return lax.cond(prefixes.ends[-1] > 0, after_prefixes, causal)

@@ -15,10 +15,26 @@ from sharding.layout import make_layout
 from tests.fixtures import DATA
 
 
-def choose(name, platform="cuda", layout=(1, 1, 1), fp8=(), **flags):
-    model = ModelConfig.from_folder(DATA / name)
-    config = ServerConfig(**flags)
-    return choose_kernels(config, model, make_layout(*layout), platform=platform, fp8=fp8)
+def choose(
+    name,
+    platform="cuda",
+    layout=(1, 1, 1),
+    fp8=(),
+    capability="8.0",
+    dtype="bfloat16",
+    sizes=(),
+    **flags,
+):
+    model = dataclasses.replace(ModelConfig.from_folder(DATA / name), **dict(sizes))
+    return choose_kernels(
+        ServerConfig(**flags),
+        model,
+        make_layout(*layout),
+        platform=platform,
+        capability=capability,
+        dtype=dtype,
+        fp8=fp8,
+    )
 
 
 def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
@@ -28,6 +44,24 @@ def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
     chosen = choose("deepseek_v2_lite")
     assert all(getattr(chosen, name) == "pallas" for name in pallas)
     assert choose("deepseek_v2_lite", platform="cpu") == Kernels()
+
+
+def test_hopper_gpus_have_an_extend_kernel_for_heads_of_its_sizes(caplog):
+    sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "rotary_dim": 64}
+    sizes |= {"v_head_dim": 128}
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        taken = choose("deepseek_v2_lite", capability="9.0", sizes=sizes)
+        others = [
+            choose("deepseek_v2_lite", capability="9.0"),  # qk_rope_head_dim 16
+            choose("deepseek_v2_lite", capability="9.0", sizes=sizes | {"v_head_dim": 256}),
+            choose("deepseek_v2_lite", capability="9.0", sizes=sizes, dtype="float32"),
+            choose("deepseek_v2_lite", capability="10.0", sizes=sizes),
+        ]
+    assert dataclasses.replace(taken, extend_attention="pallas") == others[0]
+    assert taken.extend_attention == "hopper"
+    assert {other.extend_attention for other in others} == {"pallas"}
+    for text in ("qk_rope_head_dim", "v_head_dim 256", "float32 is no", "capability 10.0"):
+        assert text in caplog.text
 
 
 def test_what_has_no_kernel_runs_in_xla_and_the_log_says_so(caplog):
