@@ -177,9 +177,7 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
         (20, [], (), 2),
     ],
 )
-def test_extend_attention_on_hopper_equals_its_twin(
-    rng, rows, chunks, shared, before, monkeypatch
-):
+def test_extend_attention_on_hopper_equals_its_twin(rng, rows, chunks, shared, before, monkeypatch):
     monkeypatch.setattr(extend, "MIN_PIECE", 64)  # prefixes take several pieces
     monkeypatch.setattr(extend, "MAX_PIECE", 128)
     arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, 2, shared, (64, 64, 128, 64))

@@ -9,7 +9,7 @@ which is the same. Where no chunk has a prefix, nothing of that runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -48,6 +48,14 @@ class Chunks(NamedTuple):
     num_rows: jax.Array
     first_key: jax.Array
     num_keys: jax.Array
+
+
+class Source(NamedTuple):
+    """What rows meet: if `causal`, their chunks' own keys up to themselves, else every key."""
+
+    expanded: Expanded
+    chunks: Chunks
+    causal: bool
 
 
 State = tuple[jax.Array, jax.Array]
@@ -161,21 +169,37 @@ def _kernel(
 def attend(
     q_nope: jax.Array,
     q_rope: jax.Array,
-    expanded: Expanded,
-    chunks: Chunks,
+    sources: Sequence[Source],
     start: State | None,
     *,
     m: int,
     scale: float,
-    causal: bool,
     interpret: bool,
 ) -> State | jax.Array:
-    """The last m rows of [n, H, nope or more] and [n, H, R] against their chunks' keys.
+    """The last m rows of [n, H, nope or more] and [n, H, R] against keys of one or two sources.
 
-    Causal, a chunk's keys are its rows and the result is [n, H, V], in which other rows are
-    undefined; else every key is seen, and the result is the state after `start` (None: nothing),
-    with a few rows more than m to make whole blocks.
+    `start` is what they have seen before; None: nothing. If the last source is causal the result
+    is [n, H, V], in which other rows are undefined; else the state, with a few rows more than m to
+    make whole blocks.
     """
+    result = start
+    for source in sources:
+        result = _attend(q_nope, q_rope, source, result, m=m, scale=scale, interpret=interpret)
+    return result
+
+
+def _attend(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    source: Source,
+    start: State | None,
+    *,
+    m: int,
+    scale: float,
+    interpret: bool,
+) -> State | jax.Array:
+    """`attend` with one source."""
+    expanded, chunks, causal = source
     heads, value = q_nope.shape[1], expanded.values.shape[-1]
     rows = block_rows(m)
     blocks = -(-m // rows)
@@ -289,25 +313,25 @@ def extend_attention(
 
     # Outside of the branches, and of all rows: two parts' expansions are one to XLA.
     own, first_row = expand(entries), chunk_first_row - rows.start
-
-    def causal(start: State | None = None) -> jax.Array:
-        first_key = chunk_first_row + (len(entries) - num_rows)
-        chunks = Chunks(first_row, chunk_rows, first_key, chunk_rows)
-        return met(own, chunks, start, causal=True)
-
+    first_key = chunk_first_row + (len(entries) - num_rows)
+    new = Source(own, Chunks(first_row, chunk_rows, first_key, chunk_rows), causal=True)
     if prefixes is None:
-        return causal()
+        return met([new], None)
     size = min(MAX_PIECE, max(MIN_PIECE, m))
 
-    def one_piece(i: jax.Array | int, state: State | None) -> State:
+    def piece(i: jax.Array | int) -> Source:
         cached = _prefix_piece(kv, layer, tables, prefixes, i * size, size)
         first = jnp.clip(prefixes.first - i * size, 0, size)
         end = jnp.clip(prefixes.first + prefixes.lengths - i * size, 0, size)
         chunks = Chunks(first_row, chunk_rows, first, end - first)
-        return met(expand(cached.astype(q_nope.dtype)), chunks, state, causal=False)
+        return Source(expand(cached.astype(q_nope.dtype)), chunks, causal=False)
 
-    def after_prefixes() -> jax.Array:
-        pieces = (prefixes.ends[-1] + size - 1) // size
-        return causal(lax.fori_loop(1, pieces, one_piece, one_piece(0, None)))
+    def several() -> jax.Array:
+        """All pieces but the last give a state."""
+        state = met([piece(0)], None)
+        state = lax.fori_loop(1, pieces - 1, lambda i, state: met([piece(i)], state), state)
+        return met([piece(pieces - 1), new], state)
 
-    return lax.cond(prefixes.ends[-1] > 0, after_prefixes, causal)
+    pieces = (prefixes.ends[-1] + size - 1) // size
+    branches = (lambda: met([new], None), lambda: met([piece(0), new], None), several)
+    return lax.switch(jnp.minimum(pieces, 2), branches)

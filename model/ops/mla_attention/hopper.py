@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from model.ops.mla_attention.extend import Chunks, Expanded, State, chunks_of_blocks
+from model.ops.mla_attention.extend import Chunks, Expanded, Source, State, chunks_of_blocks
 from model.ops.mla_attention.pages import LOG2_E, MASKED, dot
 
 CAPABILITY = "9.0"
@@ -34,9 +34,11 @@ MAX_WIDTH = 128
 """Numbers of a key without rope, or of a value: more do not fit into registers."""
 ALIGNMENT = 8
 """Rows of a tile: copies begin at a multiple of it."""
-LESS, MORE = 40, 232
+LESS, MORE = 24, 240
 """Registers of a thread that copies, and of one that computes."""
 
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+"""What a warpgroup's rows have met: sums [ROWS, V], maxima and totals [ROWS] of a softmax, f32."""
 Product = tuple[int, Any, Any, bool]
 """Which accumulator, its factors [ROWS, k] and [k, n], and whether the latter lies transposed."""
 
@@ -62,16 +64,17 @@ def unsupported(
     return None
 
 
-class _Inputs(NamedTuple):
-    """Arrays in global memory: rows and keys as in `attend`, chunks by the first aligned row."""
+class _Place(NamedTuple):
+    """What a warpgroup works on: a block of rows of a head, which has rows of these chunks."""
 
-    q_nope: Any
-    q_rope: Any
-    k_nope: Any
-    entries: Any
-    values: Any
-    chunks_of_blocks: Any
-    chunks: Chunks
+    group: jax.Array
+    head: jax.Array
+    first_row: jax.Array
+    first_chunk: jax.Array
+    end_chunk: jax.Array
+
+    def each_chunk(self, body: Callable[[jax.Array, Any], Any], start: Any) -> Any:
+        return lax.fori_loop(self.first_chunk, self.end_chunk, body, start)
 
 
 class _Shared(NamedTuple):
@@ -109,13 +112,13 @@ class _Span(NamedTuple):
     blocks: jax.Array
 
 
-def _span(chunks: Chunks, c: jax.Array, first_of_block: jax.Array, causal: bool) -> _Span:
-    first_row, num_rows, first_key, stop = (ref[c] for ref in chunks)
+def _span(source: Source, c: jax.Array, place: _Place) -> _Span:
+    first_row, num_rows, first_key, stop = (ref[c] for ref in source.chunks)
     end, lead = first_row + num_rows, lax.rem(first_key, ALIGNMENT)
-    if causal:
-        stop = jnp.minimum(stop, first_of_block + GROUPS * ROWS - first_row)
+    if source.causal:
+        stop = jnp.minimum(stop, place.first_row + GROUPS * ROWS - first_row)
     blocks = lax.div(stop + lead + (KEYS - 1), KEYS)
-    blocks = jnp.where((stop > 0) & (end > first_of_block), blocks, 0)
+    blocks = jnp.where((stop > 0) & (end > place.first_row), blocks, 0)
     return _Span(first_row, end, first_key - lead, lead, stop, blocks)
 
 
@@ -139,6 +142,9 @@ def _full(size: float, shape: tuple[int, ...]) -> jax.Array:
 
 def _across(of_rows: jax.Array, width: int) -> jax.Array:
     return lax.broadcast_in_dim(of_rows, (ROWS, width), [0])
+
+
+_fetch = plgpu.copy_gmem_to_smem
 
 
 def _multiply(
@@ -166,31 +172,31 @@ def _multiply(
     return pl.run_state(issue)([plgpu.ACC.init(a) for a in accumulators])
 
 
-def _copy(inputs: _Inputs, shared: _Shared, head, first_of_block, first_chunk, end_chunk, causal):
-    """The warpgroup that copies: the keys that the block sees, chunk by chunk."""
-    rope = inputs.q_rope.shape[-1]
-    rope_key = pl.ds(inputs.entries.shape[1] - rope, rope)
+def _copy(source: Source, shared: _Shared, place: _Place, step: jax.Array) -> jax.Array:
+    """The warpgroup that copies: the keys that the block sees, chunk by chunk. The next step."""
+    expanded, rope = source.expanded, shared.k_rope.shape[-1]
+    rope_key = pl.ds(expanded.entries.shape[1] - rope, rope)
 
     def one_chunk(c, step):
-        span = _span(inputs.chunks, c, first_of_block, causal)
+        span = _span(source, c, place)
 
         def one_block(j, step):
             slot = lax.rem(step, STAGES)
             at = pl.ds(pl.multiple_of(span.first + j * KEYS, ALIGNMENT), KEYS)
             keys, values = shared.k_ready.at[slot], shared.v_ready.at[slot]
             pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(shared.k_free.at[slot]))
-            plgpu.copy_gmem_to_smem(inputs.k_nope.at[at, head], shared.k_nope.at[slot], keys)
-            plgpu.copy_gmem_to_smem(inputs.entries.at[at, rope_key], shared.k_rope.at[slot], keys)
+            _fetch(expanded.k_nope.at[at, place.head], shared.k_nope.at[slot], keys)
+            _fetch(expanded.entries.at[at, rope_key], shared.k_rope.at[slot], keys)
             pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(shared.v_free.at[slot]))
-            plgpu.copy_gmem_to_smem(inputs.values.at[at, head], shared.values.at[slot], values)
+            _fetch(expanded.values.at[at, place.head], shared.values.at[slot], values)
             return step + 1
 
         return lax.fori_loop(0, span.blocks, one_block, step)
 
-    lax.fori_loop(first_chunk, end_chunk, one_chunk, jnp.int32(0))
+    return place.each_chunk(one_chunk, step)
 
 
-def _softmax(scores, so_far, factor: float, dtype):
+def _softmax(scores: jax.Array, so_far: Sums, factor: float, dtype: Any) -> tuple[Sums, jax.Array]:
     """An online softmax in base 2: sums, maximum and total of rows, decayed, and p in dtype."""
     out, maximum, total = so_far
     new = jnp.maximum(maximum, scores.max(axis=1) * factor)
@@ -204,17 +210,22 @@ def _softmax(scores, so_far, factor: float, dtype):
 
 
 def _compute(
-    inputs: _Inputs, shared: _Shared, group, head, first_of_block, first_chunk, end_chunk, so_far,
-    *, factor: float, causal: bool, interpret: bool,
-):  # fmt: skip
+    sources: Sequence[Source],
+    shared: _Shared,
+    place: _Place,
+    so_far: Sums,
+    factor: float,
+    interpret: bool,
+) -> Sums:
     """A warpgroup that computes: its rows' sums, maxima and totals, after those `so_far`.
 
     The scores of a block of keys are computed beside the sums of the block before it.
     """
-    row = first_of_block + group * ROWS
-    dtype = inputs.q_nope.dtype
-    count = lambda c, n: n + _span(inputs.chunks, c, first_of_block, causal).blocks  # noqa: E731
-    steps = lax.fori_loop(first_chunk, end_chunk, count, jnp.int32(0))
+    group = place.group
+    row = place.first_row + group * ROWS
+    steps = jnp.int32(0)
+    for source in sources:
+        steps = place.each_chunk(lambda c, n, s=source: n + _span(s, c, place).blocks, steps)
 
     def key_products(accumulator: int, slot) -> list[Product]:
         return [
@@ -236,8 +247,8 @@ def _compute(
     free(shared.k_free, jnp.int32(0))
     pl.when(group == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
 
-    def one_chunk(c, carry):
-        span = _span(inputs.chunks, c, first_of_block, causal)
+    def one_chunk(source: Source, c, carry):
+        span, causal = _span(source, c, place), source.causal
         seen_by_all = jnp.minimum(span.stop, row - span.first_row + 1) if causal else span.stop
         all_mine = (span.first_row <= row) & (row + ROWS <= span.end)
         seen_by_all = jnp.where(all_mine, seen_by_all, 0)
@@ -248,7 +259,7 @@ def _compute(
             key = j * KEYS - span.lead
             full = (key >= 0) & (key + KEYS <= seen_by_all)
             scores = lax.cond(full, lambda s: s, lambda s: _seen(s, span, row, key, causal), scores)
-            (out, *sums), p = _softmax(scores, so_far, factor, dtype)
+            (out, *sums), p = _softmax(scores, so_far, factor, shared.values.dtype)
             plgpu.barrier_wait(shared.v_ready.at[slot])
             pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(shared.k_ready.at[following]))
             plgpu.barrier_wait(shared.turn.at[group])
@@ -265,9 +276,10 @@ def _compute(
         return lax.fori_loop(0, span.blocks, one_block, carry)
 
     carry = (jnp.int32(0), scores, so_far)
-    *_, so_far = lax.fori_loop(first_chunk, end_chunk, one_chunk, carry)
+    for source in sources:
+        carry = place.each_chunk(functools.partial(one_chunk, source), carry)
     pl.when(group == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
-    return so_far
+    return carry[-1]
 
 
 def _load(ref: Any, ndim: int) -> jax.Array:
@@ -277,58 +289,62 @@ def _load(ref: Any, ndim: int) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
-def _kernel(*refs: Any, before: int, starts: bool, causal: bool, factor: float, interpret: bool):
+def _kernel(
+    *refs: Any, causal: Sequence[bool], before: int, starts: bool, factor: float, interpret: bool
+) -> None:
     """A block of rows of one head. `before` rows of queries are no part of any block.
 
-    `refs`: `_Inputs`, the state to start from if it `starts` from one, the output or the state,
-    `_Shared`.
+    `refs`: queries and which chunks have rows in a block; the sources, each of which is `causal` or
+    not; the state to start from, if it `starts` from one; the output or the state; `_Shared`.
     """
-    refs = list(refs)
-    inputs = _Inputs(*refs[:6], Chunks(*refs[6:10]))
-    shared = _Shared(*refs[-len(_Shared._fields) :])
-    state, outs = refs[10 : 10 + 2 * starts], refs[10 + 2 * starts : -len(_Shared._fields)]
+    given = iter(refs)
+    q_nope_ref, q_rope_ref, chunks_of_blocks_ref = (next(given) for _ in range(3))
+    sources = [
+        Source(Expanded(*(next(given) for _ in Expanded._fields)),
+               Chunks(*(next(given) for _ in Chunks._fields)), each)
+        for each in causal
+    ]  # fmt: skip
+    state = [next(given) for _ in State.__args__ if starts]
+    (*outs,) = (next(given) for _ in range(1 if causal[-1] else 2))
+    shared = _Shared(*given)
     group, head = lax.axis_index("group"), lax.axis_index("head")
     # Last rows first: they see the most keys, and what begins late should be short.
-    block = inputs.chunks_of_blocks.shape[0] - 1 - lax.axis_index("block")
-    first_of_block = block * (GROUPS * ROWS)
-    chunks = inputs.chunks_of_blocks[block, 0], inputs.chunks_of_blocks[block, 1] + 1
-    value = inputs.values.shape[-1]
+    block = chunks_of_blocks_ref.shape[0] - 1 - lax.axis_index("block")
+    first_chunk, last_chunk = (chunks_of_blocks_ref[block, i] for i in range(2))
+    place = _Place(group, head, block * (GROUPS * ROWS), first_chunk, last_chunk + 1)
+    value = shared.values.shape[-1]
 
     @pl.when(group == GROUPS)
     def _() -> None:
         plgpu.set_max_registers(LESS, action="decrease")
-        _copy(inputs, shared, head, first_of_block, *chunks, causal)
+        step = jnp.int32(0)
+        for source in sources:
+            step = _copy(source, shared, place, step)
 
     @pl.when(group < GROUPS)
     def _() -> None:
         plgpu.set_max_registers(MORE, action="increase")
-        row = pl.multiple_of(first_of_block + group * ROWS, ROWS)
+        row = pl.multiple_of(place.first_row + group * ROWS, ROWS)
         mine = pl.ds(row, ROWS)
         queries = pl.ds(pl.multiple_of(before + row, ALIGNMENT), ROWS)
-        nope = pl.ds(0, inputs.k_nope.shape[-1])
         q_nope, ready = shared.q_nope.at[group], shared.q_ready.at[group]
-        plgpu.copy_gmem_to_smem(inputs.q_nope.at[queries, head, nope], q_nope, ready)
-        plgpu.copy_gmem_to_smem(inputs.q_rope.at[queries, head], shared.q_rope.at[group], ready)
+        _fetch(q_nope_ref.at[queries, head, pl.ds(0, q_nope.shape[-1])], q_nope, ready)
+        _fetch(q_rope_ref.at[queries, head], shared.q_rope.at[group], ready)
         so_far = _full(0, (ROWS, value)), _full(MASKED, (ROWS,)), _full(0, (ROWS,))
         if starts:
             log_sum = _load(state[1].at[head, mine], 1)
             total = jnp.where(log_sum > MASKED, 1.0, 0.0)
             so_far = _load(state[0].at[mine, head], 2), log_sum, total
-        out, maximum, total = _compute(
-            *(inputs, shared, group, head, first_of_block, *chunks, so_far),
-            factor=factor, causal=causal, interpret=interpret,
-        )  # fmt: skip
+        out, maximum, total = _compute(sources, shared, place, so_far, factor, interpret)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
         out *= _across(1.0 / total, value)
-        if not causal:
+        if not causal[-1]:
             outs[0].at[mine, head][...] = out
-            outs[1].at[head, mine][...] = jnp.where(
-                seen, maximum + jnp.log(total) * LOG2_E, MASKED
-            )
+            outs[1].at[head, mine][...] = jnp.where(seen, maximum + jnp.log(total) * LOG2_E, MASKED)
             return
         staged = q_nope.at[:, pl.ds(0, value)]
-        staged[...] = out.astype(inputs.q_nope.dtype)
+        staged[...] = out.astype(q_nope_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, outs[0].at[queries, head])
         plgpu.wait_smem_to_gmem(0)
@@ -354,54 +370,56 @@ def _shared(nope: int, rope: int, value: int, dtype: Any) -> _Shared:
 def attend(
     q_nope: jax.Array,
     q_rope: jax.Array,
-    expanded: Expanded,
-    chunks: Chunks,
+    sources: Sequence[Source],
     start: State | None,
     *,
     m: int,
     scale: float,
-    causal: bool,
     interpret: bool,
 ) -> State | jax.Array:
     """See `extend.attend`; a state has its log-sum-exps by head, f32 [H, M].
 
-    What stands in `expanded` behind the keys of chunks must be finite, although nobody sees it.
+    What stands behind the keys of chunks must be finite, although nobody sees it.
     """
     n, heads = q_nope.shape[:2]
-    value = expanded.values.shape[-1]
+    nope, value = (a.shape[-1] for a in sources[0].expanded[::2])
     # Blocks begin with an aligned row of the queries, up to seven before the first that counts.
     ahead = (n - m) % ALIGNMENT
     blocks = -(-(ahead + m) // (GROUPS * ROWS))
-    chunks = chunks._replace(first_row=chunks.first_row + ahead)
-    table = chunks_of_blocks(chunks.first_row, blocks, GROUPS * ROWS)
-    operands = [_whole_tiles(a) for a in (q_nope, q_rope, *expanded)]
-    if causal:
+    table = chunks_of_blocks(sources[0].chunks.first_row + ahead, blocks, GROUPS * ROWS)
+    operands = [_whole_tiles(q_nope), _whole_tiles(q_rope), table]
+    for source in sources:
+        chunks = source.chunks._replace(first_row=source.chunks.first_row + ahead)
+        operands += [*map(_whole_tiles, source.expanded), *chunks]
+    if sources[-1].causal:
         shapes = [jax.ShapeDtypeStruct((*operands[0].shape[:2], value), q_nope.dtype)]
     else:
         rows = blocks * GROUPS * ROWS
-        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, heads, value), (heads, rows))]
+        shapes = [
+            jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, heads, value), (heads, rows))
+        ]
     out = plgpu.kernel(
         functools.partial(
             _kernel,
+            causal=[source.causal for source in sources],
             before=n - m - ahead,
             starts=start is not None,
-            causal=causal,
             factor=scale * LOG2_E,
             interpret=interpret,
         ),
         out_type=shapes,
-        scratch_types=_shared(expanded.k_nope.shape[-1], q_rope.shape[-1], value, q_nope.dtype),
+        scratch_types=_shared(nope, q_rope.shape[-1], value, q_nope.dtype),
         grid=(blocks, heads),
         grid_names=("block", "head"),
         num_threads=GROUPS + 1,
         thread_name="group",
-        kernel_name="mla_causal" if causal else "mla_prefix",
+        kernel_name="mla_causal" if sources[-1].causal else "mla_prefix",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*operands, table, *chunks, *(start or ()))
-    return out[0][:n] if causal else tuple(out)
+    )(*operands, *(start or ()))
+    return out[0][:n] if sources[-1].causal else tuple(out)
 
 
 def _whole_tiles(a: jax.Array) -> jax.Array:
