@@ -1,9 +1,10 @@
-"""Extend attention in Pallas (Triton): MHA of packed chunks over keys expanded from the latents.
+"""Extend attention in Pallas: MHA of packed chunks over keys expanded from the latents.
 
 New tokens attend to each other with keys and values expanded once for all rows. Cached prefixes are
 met first: each distinct one is read from the pages and expanded once for all its chunks, a piece of
-bounded size at a time; sums and log-sum-exps go from piece to piece and into the causal kernel,
-which is the same. Where no chunk has a prefix, nothing of that runs.
+bounded size at a time. The last piece and the new tokens are met by one call of the kernel; sums
+and log-sum-exps go from piece to piece before. Where no chunk has a prefix, nothing of that runs.
+The kernel here is in Triton, `hopper` has another.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _kernel(
     one; the output, and the log-sum-exps if not causal.
     """
     factor = scale * LOG2_E
-    block, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
+    # All heads of the last rows first: they see the most keys; what begins late should be short.
+    block, head = pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(0)
     first_of_block = block * rows
     row = first_of_block + lax.broadcasted_iota(jnp.int32, (rows,), 0)
 
@@ -206,7 +208,7 @@ def _attend(
 
     def of_rows(*width: int) -> pl.BlockSpec:
         zeros = (0,) * len(width)
-        return pl.BlockSpec((rows, None, *width), lambda i, h: (blocks - 1 - i, h, *zeros))
+        return pl.BlockSpec((rows, None, *width), lambda h, i: (blocks - 1 - i, h, *zeros))
 
     operands = (*expanded, chunks_of_blocks(chunks.first_row, blocks, rows), *chunks)
     state_specs = [of_rows(value), of_rows()]
@@ -229,7 +231,7 @@ def _attend(
             causal=causal,
             starts=bool(state),
         ),
-        grid=(blocks, heads),
+        grid=(heads, blocks),
         in_specs=[*(whole(a.shape) for a in operands), *state_specs[: len(state)]],
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in out_shape],

@@ -144,9 +144,6 @@ def _across(of_rows: jax.Array, width: int) -> jax.Array:
     return lax.broadcast_in_dim(of_rows, (ROWS, width), [0])
 
 
-_fetch = plgpu.copy_gmem_to_smem
-
-
 def _multiply(
     accumulators: Sequence[jax.Array],
     products: Sequence[Product],
@@ -185,10 +182,14 @@ def _copy(source: Source, shared: _Shared, place: _Place, step: jax.Array) -> ja
             at = pl.ds(pl.multiple_of(span.first + j * KEYS, ALIGNMENT), KEYS)
             keys, values = shared.k_ready.at[slot], shared.v_ready.at[slot]
             pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(shared.k_free.at[slot]))
-            _fetch(expanded.k_nope.at[at, place.head], shared.k_nope.at[slot], keys)
-            _fetch(expanded.entries.at[at, rope_key], shared.k_rope.at[slot], keys)
+            plgpu.copy_gmem_to_smem(
+                expanded.k_nope.at[at, place.head], shared.k_nope.at[slot], keys
+            )
+            plgpu.copy_gmem_to_smem(expanded.entries.at[at, rope_key], shared.k_rope.at[slot], keys)
             pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(shared.v_free.at[slot]))
-            _fetch(expanded.values.at[at, place.head], shared.values.at[slot], values)
+            plgpu.copy_gmem_to_smem(
+                expanded.values.at[at, place.head], shared.values.at[slot], values
+            )
             return step + 1
 
         return lax.fori_loop(0, span.blocks, one_block, step)
@@ -298,15 +299,13 @@ def _kernel(
     not; the state to start from, if it `starts` from one; the output or the state; `_Shared`.
     """
     given = iter(refs)
-    q_nope_ref, q_rope_ref, chunks_of_blocks_ref = (next(given) for _ in range(3))
-    sources = [
-        Source(Expanded(*(next(given) for _ in Expanded._fields)),
-               Chunks(*(next(given) for _ in Chunks._fields)), each)
-        for each in causal
-    ]  # fmt: skip
-    state = [next(given) for _ in State.__args__ if starts]
-    (*outs,) = (next(given) for _ in range(1 if causal[-1] else 2))
-    shared = _Shared(*given)
+
+    def take(number: int) -> list[Any]:
+        return [next(given) for _ in range(number)]
+
+    q_nope_ref, q_rope_ref, chunks_of_blocks_ref = take(3)
+    sources = [Source(Expanded(*take(3)), Chunks(*take(4)), each) for each in causal]
+    state, outs, shared = take(2 * starts), take(1 if causal[-1] else 2), _Shared(*given)
     group, head = lax.axis_index("group"), lax.axis_index("head")
     # Last rows first: they see the most keys, and what begins late should be short.
     block = chunks_of_blocks_ref.shape[0] - 1 - lax.axis_index("block")
@@ -328,8 +327,10 @@ def _kernel(
         mine = pl.ds(row, ROWS)
         queries = pl.ds(pl.multiple_of(before + row, ALIGNMENT), ROWS)
         q_nope, ready = shared.q_nope.at[group], shared.q_ready.at[group]
-        _fetch(q_nope_ref.at[queries, head, pl.ds(0, q_nope.shape[-1])], q_nope, ready)
-        _fetch(q_rope_ref.at[queries, head], shared.q_rope.at[group], ready)
+        plgpu.copy_gmem_to_smem(
+            q_nope_ref.at[queries, head, pl.ds(0, q_nope.shape[-1])], q_nope, ready
+        )
+        plgpu.copy_gmem_to_smem(q_rope_ref.at[queries, head], shared.q_rope.at[group], ready)
         so_far = _full(0, (ROWS, value)), _full(MASKED, (ROWS,)), _full(0, (ROWS,))
         if starts:
             log_sum = _load(state[1].at[head, mine], 1)
