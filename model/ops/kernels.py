@@ -1,7 +1,7 @@
 """Which implementation each operation has in a program: the XLA definition or a kernel.
 
 A `Kernels` is part of a program, chosen once before anything is compiled; nothing falls back at run
-time. `supports_*` say, in a sentence, why a kernel cannot take a model's sizes.
+time. Every kernel's `unsupported` says, in a sentence, why it cannot take a model's sizes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,30 @@ from typing import Literal
 
 from jax.experimental import pallas as pl
 
+try:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+except ImportError:  # jax 0.10 has it, but does not export it
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+__all__ = [
+    "HOPPER",
+    "XLA",
+    "HopperImplementation",
+    "Implementation",
+    "InterpretGPUParams",
+    "Kernels",
+    "is_power_of_two",
+    "largest_block",
+    "whole",
+]
+
 Implementation = Literal["xla", "pallas"]
+HopperImplementation = Implementation | Literal["hopper"]
+"""Of operations that have another kernel for GPUs of compute capability 9.0."""
+
+
+HOPPER = "9.0"
+"""The compute capability, and the only one, that has `wgmma` and its registers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +42,11 @@ class Kernels:
     """The implementation of every operation that has more than one.
 
     Attributes:
-        decode_attention, extend_attention: of MLA; GQA has the XLA definition only.
+        decode_attention, extend_attention: of MLA; GQA has the XLA definition only. "hopper", for
+            GPUs of compute capability 9.0 alone, is another kernel for extend attention.
         mla_inputs: norm, rotation and cache write between MLA's projections and its attention.
-        grouped_mlp: of the routed experts.
-        hopper: compute capability 9.0, for which experts of many rows have kernels of their own.
+        grouped_mlp: of the routed experts; "hopper" has kernels for many rows of its own, those of
+            "pallas" for few.
         routing: choosing and weighing experts.
         norm: RMSNorm by stacked weights.
         dense: products of a few rows with a layer of stacked weights.
@@ -34,15 +58,14 @@ class Kernels:
     """
 
     decode_attention: Implementation = "xla"
-    extend_attention: Implementation = "xla"
+    extend_attention: HopperImplementation = "xla"
     mla_inputs: Implementation = "xla"
-    grouped_mlp: Implementation = "xla"
+    grouped_mlp: HopperImplementation = "xla"
     routing: Implementation = "xla"
     norm: Implementation = "xla"
     dense: Implementation = "xla"
     unroll: int = 1
     prefixes: bool = True
-    hopper: bool = False
     interpret: bool = False
 
 

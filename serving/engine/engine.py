@@ -465,7 +465,7 @@ def describe(runner: ModelRunner) -> tuple[str, dict[str, Any]]:
             name: getattr(runner.kernels, name)
             for name in (
                 *("decode_attention", "extend_attention", "grouped_mlp", "routing", "dense"),
-                *("hopper", "unroll"),
+                "unroll",
             )
         },
         "dtype": str(runner.dtype),

@@ -10,13 +10,16 @@ import logging
 import math
 from collections.abc import Mapping
 
+from jax.typing import DTypeLike
+
 from model.config import ModelConfig
-from model.ops.grouped_mlp import hopper as hopper_kernels
+from model.ops.grouped_mlp import hopper as hopper_experts
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
-from model.ops.kernels import Implementation, Kernels
+from model.ops.kernels import HopperImplementation, Implementation, Kernels
 from model.ops.matrices import out_of_reach
 from model.ops.matrices import unsupported as fp8_unsupported
 from model.ops.mla_attention import extend as extend_kernels
+from model.ops.mla_attention import hopper as hopper_attention
 from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
@@ -32,14 +35,15 @@ def choose_kernels(
     layout: Layout,
     *,
     platform: str,
-    capability: str | None = None,
-    dtype: str = "bfloat16",
+    capability: str | None,
+    dtype: DTypeLike,
     fp8: Mapping[str, FP8Blocks] | None = None,
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
 
     Args:
-        capability: compute capability of the GPUs, such as 9.0; dtype: of activations.
+        capability: the devices' compute capability, if they are NVIDIA GPUs.
+        dtype: of activations.
         fp8: the parameters that stay in FP8 on the devices, see `ModelSpec.fp8_blocks`.
 
     Raises:
@@ -51,33 +55,29 @@ def choose_kernels(
     attention = _chosen(
         "--attention-backend", config.attention_backend, here or _no_attention(model)
     )
-    experts: Implementation = "xla"
+    routing: Implementation = "xla"
     if model.num_experts:
-        experts = _chosen(
+        routing = _chosen(
             "--moe-runner-backend",
             config.moe_runner_backend,
             here or _no_experts(model, layout, refused),
         )
-    extend: Implementation = attention
+    experts: HopperImplementation = routing
+    if experts == "pallas":
+        fp8_experts = any(".experts." in path for path in fp8)
+        experts = _experts_kernel(model, layout, capability, dtype, fp8=fp8_experts)
+    extend: HopperImplementation = attention
     if attention == "pallas" and config.enable_deterministic_inference:
         extend = "xla"
         log.info(
             "extend attention: xla, because the kernel's bits depend on what is cached, which "
             "--enable-deterministic-inference excludes"
         )
-    routing: Implementation = experts
-    if experts == "pallas" and (reason := route_unsupported(model.hidden_size)):
+    elif attention == "pallas":
+        extend = _extend_kernel(model, capability, dtype)
+    if routing == "pallas" and (reason := route_unsupported(model.hidden_size)):
         routing = "xla"
         log.info("routing: xla, no kernel for it: %s", reason)
-    hopper = False
-    if experts == "pallas":
-        fp8_experts = any(".experts." in path for path in fp8)
-        reason = _no_hopper(model, layout, capability, dtype, fp8=fp8_experts)
-        hopper = reason is None
-        log.info(
-            "experts of many rows: %s",
-            "kernels for Hopper" if hopper else f"those of few rows, because {reason}",
-        )
     kernels = Kernels(
         decode_attention=attention,
         extend_attention=extend,
@@ -87,7 +87,6 @@ def choose_kernels(
         norm=attention,
         dense=attention,
         unroll=config.layer_unroll or 1,
-        hopper=hopper,
     )
     if kernels.dense == "pallas":
         _log_fp8(fp8, refused)
@@ -111,6 +110,17 @@ def _chosen(flag: str, asked: str, reason: str | None) -> Implementation:
     return "xla"
 
 
+def _extend_kernel(
+    model: ModelConfig, capability: str | None, dtype: DTypeLike
+) -> HopperImplementation:
+    sizes = model.kv_lora_rank, model.rotary_dim, model.qk_nope_head_dim, model.v_head_dim
+    reason = hopper_attention.unsupported(capability, dtype, *sizes)
+    if reason is None:
+        return "hopper"
+    log.info("extend attention: pallas, the kernel for Hopper GPUs is not for this: %s", reason)
+    return "pallas"
+
+
 def _no_attention(model: ModelConfig) -> str | None:
     if not model.is_mla:
         return "only multi-head latent attention (MLA) has them"
@@ -131,14 +141,17 @@ def _inner(model: ModelConfig, layout: Layout) -> int:
     return padded_sizes(model, layout).expert_intermediate // layout.size(layout.moe_tp)
 
 
-def _no_hopper(
-    model: ModelConfig, layout: Layout, capability: str | None, dtype: str, *, fp8: bool
-) -> str | None:
-    if capability != "9.0":
-        return f"other kernels need compute capability 9.0, not {capability or 'an unknown one'}"
+def _experts_kernel(
+    model: ModelConfig, layout: Layout, capability: str | None, dtype: DTypeLike, *, fp8: bool
+) -> HopperImplementation:
+    sizes = model.hidden_size, _inner(model, layout)
+    reason = hopper_experts.unsupported(capability, dtype, *sizes)
     if fp8:
-        return "the experts' weights stay in FP8"
-    return hopper_kernels.unsupported(model.hidden_size, _inner(model, layout), dtype)
+        reason = "they take no FP8 weights"
+    if reason is None:
+        return "hopper"
+    log.info("experts: pallas, those for Hopper GPUs are not for this: %s", reason)
+    return "pallas"
 
 
 def _log_fp8(fp8: Mapping[str, FP8Blocks], refused: Mapping[str, str]) -> None:

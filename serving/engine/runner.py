@@ -163,7 +163,8 @@ class ModelRunner:
         model = source.config
         check_exchange(config, model, layout)
         self.mesh = make_mesh(layout)
-        self.platform = self.mesh.devices.flat[0].platform
+        device = self.mesh.devices.flat[0]
+        self.platform = device.platform
         self.dtype = resolve_dtype(config.dtype, self.platform)
         self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype)
         self.spec = ModelSpec(model, self.dtype, layout, source.fp8)
@@ -174,8 +175,8 @@ class ModelRunner:
             model,
             layout,
             platform=self.platform,
-            capability=getattr(self.mesh.devices.flat[0], "compute_capability", None),
-            dtype=str(self.dtype),
+            capability=getattr(device, "compute_capability", None),
+            dtype=self.dtype,
             fp8=self.spec.fp8_blocks,
         )
         self._log_fp8(source)
@@ -189,7 +190,7 @@ class ModelRunner:
             platform=self.platform,
             num_slices=layout.num_slices,
             max_context=context,
-            fresh=self.kernels.extend_attention == "pallas",
+            fresh=self.kernels.extend_attention != "xla",
         )
         self._log_overlap()
         self.comm = MeshComm(

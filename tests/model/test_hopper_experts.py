@@ -16,7 +16,7 @@ from model.ops.grouped_mlp import grouped_mlp, hopper, placing
 from model.ops.kernels import XLA
 from tests.harness import KERNELS, lowered_for_cuda
 
-HOPPER = dataclasses.replace(KERNELS, hopper=True)
+HOPPER = dataclasses.replace(KERNELS, grouped_mlp="hopper")
 TOKENS, EXPERTS, K = 150, 5, 2
 WIDTH, INNER = 512, 256  # two tiles of columns each
 PROCESSORS = 2  # each has several tiles, not all have equally many
@@ -112,10 +112,11 @@ def test_only_steps_of_many_rows_take_them(rng, monkeypatch):
 
 
 def test_what_they_cannot_take_is_said():
-    assert hopper.unsupported(2048, 1408, "bfloat16") is None
-    assert "not float32" in hopper.unsupported(2048, 1408, "float32")
-    assert "multiple of 256" in hopper.unsupported(2048, 704, "bfloat16")
-    assert "multiple of 256" in hopper.unsupported(1920, 1408, "bfloat16")
+    assert hopper.unsupported("9.0", "bfloat16", 2048, 1408) is None
+    assert "not float32" in hopper.unsupported("9.0", "float32", 2048, 1408)
+    assert "multiple of 256" in hopper.unsupported("9.0", "bfloat16", 2048, 704)
+    assert "multiple of 256" in hopper.unsupported("9.0", "bfloat16", 1920, 1408)
+    assert "capability 10.0" in hopper.unsupported("10.0", "bfloat16", 2048, 1408)
 
 
 def test_they_lower_for_cuda():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu
 
 from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
@@ -41,7 +42,12 @@ from tests.fixtures import DATA
 from tests.harness import KERNELS, lowered_for_cuda
 
 LAYERS, PAGES, LATENT, ROPE, NOPE, VALUE = 2, 120, 32, 16, 16, 32
+SIZES = (LATENT, ROPE, NOPE, VALUE)
 SCALE = 0.21
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(mosaic_gpu, "InterpretGPUParams"),
+    reason="Mosaic GPU kernels can be interpreted from jax 0.11 on",
+)
 
 
 @pytest.fixture
@@ -51,16 +57,16 @@ def rng():
     return np.random.default_rng(seed)
 
 
-def pool_and_tables(rng, lengths, page_size, width, dtype="float32"):
+def pool_and_tables(rng, lengths, page_size, width, dtype="float32", numbers=LATENT + ROPE):
     """A pool in which only the sequences' own tokens are numbers, on scattered pages."""
-    kv = np.full((LAYERS, PAGES, page_size, LATENT + ROPE), np.nan, np.float32)
+    kv = np.full((LAYERS, PAGES, page_size, numbers), np.nan, np.float32)
     free = list(rng.permutation(np.arange(1, PAGES)))
     tables = np.zeros((len(lengths), width), np.int32)
     for row, length in zip(tables, lengths, strict=True):
         for i in range(-(-length // page_size)):
             row[i] = free.pop()
             n = min(page_size, length - i * page_size)
-            kv[:, row[i], :n] = rng.standard_normal((LAYERS, n, LATENT + ROPE))
+            kv[:, row[i], :n] = rng.standard_normal((LAYERS, n, numbers))
     return jnp.asarray(kv).astype(dtype), jnp.asarray(tables)
 
 
@@ -88,13 +94,15 @@ def test_decode_attention_equals_its_twin(rng, heads, page_size, kv_dtype, split
     assert (np.asarray(got[3]) == 0).all()
 
 
-def extend_inputs(rng, rows, chunks, heads, shared=()):
+def extend_inputs(rng, rows, chunks, heads, shared=(), sizes=SIZES):
     """Arguments of `extend_attention` for chunks (start, rows), all but the keyword ones.
 
-    `shared`: chunks that have the prefix of the chunk before them.
+    `shared`: chunks that have the prefix of the chunk before them; `sizes`: as SIZES.
     """
+    latent, rope, nope, value = sizes
     contexts = [start + n for start, n in chunks]
-    kv, tables = pool_and_tables(rng, contexts + [0] * (5 - len(chunks)), 16, 42)
+    contexts += [0] * (5 - len(chunks))
+    kv, tables = pool_and_tables(rng, contexts, 16, 42, numbers=latent + rope)
     tables = np.array(tables)
     for i in shared:
         assert chunks[i][0] == chunks[i - 1][0]
@@ -102,16 +110,17 @@ def extend_inputs(rng, rows, chunks, heads, shared=()):
         tables[i, : chunks[i][0] // 16] = tables[i - 1, : chunks[i][0] // 16]
     first = np.full(5, rows, np.int32)
     counts, starts = np.zeros(5, np.int32), np.zeros(5, np.int32)
-    latents = np.zeros((rows, LATENT + ROPE), np.float32)
+    latents = np.zeros((rows, latent + rope), np.float32)
     at = 0
     for i, (start, n) in enumerate(chunks):
         first[i], counts[i], starts[i] = at, n, start
         latents[at : at + n] = np.asarray(
-            kv[1][tables[i]].reshape(-1, LATENT + ROPE)[start : start + n]
+            kv[1][tables[i]].reshape(-1, latent + rope)[start : start + n]
         )
         at += n
-    shapes = [(rows, heads, NOPE), (rows, heads, ROPE), (heads, NOPE, LATENT)]
-    arrays = [rng.standard_normal(s) for s in (*shapes, (heads, LATENT, VALUE))]
+    shapes = [(rows, heads, nope), (rows, heads, rope), (heads, nope, latent)]
+    arrays = [rng.standard_normal(s) for s in (*shapes, (heads, latent, value))]
+    arrays[2:] = [a * LATENT / latent for a in arrays[2:]]  # scores of about the same size
     arrays = [jnp.asarray(a, jnp.float32) for a in (*arrays, latents)]
     numbers = [jnp.asarray(a) for a in (tables, first, counts, starts)]
     prefixes = find_prefixes(numbers[2], numbers[3], numbers[0], 16)
@@ -159,6 +168,46 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
         got = run_extend(arrays, kv, numbers, prefixes, rows, fresh)
         np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
     assert (np.asarray(got[before + sum(n for _, n in chunks) :]) == 0).all()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("rows", "chunks", "shared", "before"),  # chunks: (start, rows)
+    [
+        (333, [(0, 333)], (), 0),
+        (300, [(0, 150), (0, 1), (0, 128)], (), 3),
+        (140, [(7, 5), (130, 90), (0, 20)], (), 8),
+        (150, [(96, 30), (96, 41), (96, 1), (32, 9), (32, 50)], (1, 2, 4), 5),
+        (20, [], (), 2),
+    ],
+)
+def test_extend_attention_on_hopper_equals_its_twin(rng, rows, chunks, shared, before, monkeypatch):
+    monkeypatch.setattr(extend, "MIN_PIECE", 64)  # prefixes take several pieces
+    monkeypatch.setattr(extend, "MAX_PIECE", 128)
+    arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, 2, shared, (64, 64, 128, 64))
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, rows, XLA)
+    for i in (0, 1, 4):
+        arrays[i] = jnp.pad(arrays[i], ((before, 0), *[(0, 0)] * (arrays[i].ndim - 1)))
+    arrays[0] = jnp.pad(arrays[0], ((0, 0), (0, 0), (0, 64)), constant_values=jnp.nan)
+    kernels = dataclasses.replace(KERNELS, extend_attention="hopper")
+    got = run_extend(arrays, kv, numbers, prefixes, rows, kernels)
+    assert got.shape == (before + rows, 2, 64)
+    np.testing.assert_allclose(got[before:], want, atol=1e-4)
+    assert (np.asarray(got[before + sum(n for _, n in chunks) :]) == 0).all()
+
+
+@needs_interpreter
+def test_extend_attention_on_hopper_in_two_parts_is_that_of_all_rows(rng):
+    rows, cut = 150, 70
+    chunks = [(30, 100), (130, 40)]
+    arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, 1, (), (64, 64, 64, 64))
+    want = run_extend(arrays, no_nan(kv), numbers, prefixes, rows, XLA)
+    kernels = dataclasses.replace(KERNELS, extend_attention="hopper")
+    for part, before in ((slice(0, cut), 3), (slice(cut, rows), 2)):
+        queries = [jnp.pad(a[part], ((before, 0), (0, 0), (0, 0))) for a in arrays[:2]]
+        args = [*queries, *arrays[2:]], kv, numbers, prefixes, rows
+        got = run_extend(*args, kernels, part)
+        np.testing.assert_allclose(got[before:], want[part], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -448,6 +497,35 @@ def test_layers_out_of_reach_are_copied(monkeypatch, rng):
     np.testing.assert_array_equal(copy[...][0], stack[...][2])
 
 
+@pytest.mark.parametrize(
+    ("extend_kernel", "dtype"),
+    [("pallas", "bfloat16"), ("pallas", "float32"), ("hopper", "bfloat16")],
+)
+def test_extend_attention_of_a_real_model_lowers_for_cuda(extend_kernel, dtype):
+    """The shapes of DeepSeek-V2-Lite: what interpret mode accepts, the back end may refuse."""
+    kernels = dataclasses.replace(KERNELS, extend_attention=extend_kernel, interpret=False)
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    i32 = jnp.int32
+    text = lowered_for_cuda(
+        lambda *a: extend_attention(
+            *(*a[:-3], Prefixes(*a[-3:])),
+            rows=slice(0, 2048),
+            num_rows=2048,
+            scale=0.1,
+            kernels=kernels,
+        ),
+        *(array(2051, 16, 192), array(2051, 16, 64), array(16, 128, 512), array(16, 512, 128)),
+        *(array(2051, 576), array(27, 1000, 16, 576), array(dtype=i32), array(64, 300, dtype=i32)),
+        *(array(64, dtype=i32) for _ in range(6)),
+    )
+    assert ("mosaic_gpu" if extend_kernel == "hopper" else "triton") in text
+    assert "mla_causal" in text
+    assert "mla_prefix" in text
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_kernels_of_a_real_model_lower_for_cuda(dtype):
     """The shapes of DeepSeek-V2-Lite: what interpret mode accepts, Triton may refuse."""
@@ -464,20 +542,6 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
         *(array(64, 300, dtype=i32), array(64, dtype=i32)),
     )
     assert "triton" in text
-    text = lowered_for_cuda(
-        lambda *a: extend_attention(
-            *(*a[:-3], Prefixes(*a[-3:])),
-            rows=slice(0, 2048),
-            num_rows=2048,
-            scale=0.1,
-            kernels=kernels,
-        ),
-        *(array(2048, 16, 128), array(2048, 16, 64), array(16, 128, 512), array(16, 512, 128)),
-        *(array(2048, 576), pool, layer, array(64, 300, dtype=i32)),
-        *(array(64, dtype=i32) for _ in range(6)),
-    )
-    assert "mla_causal" in text
-    assert "mla_prefix" in text
     stacks = array(27, 16, 128, 512), array(27, 16, 512, 128)
     text = lowered_for_cuda(
         lambda q, r, uk, uv, pool, layer, *a: decode_heads(

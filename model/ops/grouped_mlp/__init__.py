@@ -32,8 +32,7 @@ def grouped_mlp(
         w1: [L, E, D, 2, F], gate and up of all layers; w2: [L, E, F, D].
         layer: i32 scalar: the stacks are indexed here, so that no layer is ever sliced out.
         num_experts: of all devices, among which tokens choose; by default those of this one.
-        kernels: which implementation. `hopper` is meant for weights that its kernels can take
-            (`hopper.unsupported`), which are no FP8 ones.
+        kernels: which implementation. "hopper" takes no FP8 weights.
 
     Returns:
         [T, D] in x's dtype, summed in float32.
@@ -41,7 +40,7 @@ def grouped_mlp(
     if kernels.grouped_mlp == "xla":
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
     load = expert_ids.size / (num_experts or w1.shape[1])
-    if kernels.hopper and load >= hopper.LEAST_LOAD:
+    if kernels.grouped_mlp == "hopper" and load >= hopper.LEAST_LOAD:
         if isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8):
             raise TypeError("the experts' kernels for Hopper take no FP8 weights")
         return hopper.grouped_mlp(

@@ -20,11 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from model.ops.grouped_mlp import placing
-
-try:
-    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-except ImportError:  # jax 0.10 has it, but does not export it
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from model.ops.kernels import HOPPER, InterpretGPUParams
 
 WARPGROUPS = 2
 """That multiply, each a part of a tile's rows; one more copies."""
@@ -47,14 +43,17 @@ LEAST_LOAD = 64
 They win at 72 and lose at 36 (docs/performance.md)."""
 
 
-def unsupported(width: int, inner: int, dtype: str) -> str | None:
-    """Why the kernels cannot take experts of [width, inner] in `dtype`; None if they can."""
-    if dtype != "bfloat16":
-        return f"kernels for Hopper multiply bfloat16, not {dtype}"
+def unsupported(
+    capability: str | None, dtype: jax.typing.DTypeLike, width: int, inner: int
+) -> str | None:
+    """Why the kernels cannot take experts of [width, inner] on such a GPU; None if they can."""
+    if capability != HOPPER:
+        return f"compute capability {capability} instead of {HOPPER}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"they multiply bfloat16, not {jnp.dtype(dtype)}"
     if width % (2 * HALF) or inner % HALF:
         return (
-            f"for Hopper, width {width} must be a multiple of {2 * HALF} and expert width {inner} "
-            f"one of {HALF}"
+            f"width {width} must be a multiple of {2 * HALF} and expert width {inner} one of {HALF}"
         )
     return None
 

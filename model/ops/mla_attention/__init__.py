@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from model.batch import Prefixes
 from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
-from model.ops.mla_attention import decode, extend, heads, xla
+from model.ops.mla_attention import decode, extend, heads, hopper, xla
 from model.quantization import BlockFP8
 
 
@@ -150,5 +150,6 @@ def extend_attention(
         rows=rows,
         num_rows=num_rows,
         scale=scale,
+        kernel=hopper.attend if kernels.extend_attention == "hopper" else extend.attend,
         interpret=kernels.interpret,
     )

@@ -1,14 +1,16 @@
-"""Extend attention in Pallas (Triton): MHA of packed chunks over keys expanded from the latents.
+"""Extend attention in Pallas: MHA of packed chunks over keys expanded from the latents.
 
 New tokens attend to each other with keys and values expanded once for all rows. Cached prefixes are
 met first: each distinct one is read from the pages and expanded once for all its chunks, a piece of
-bounded size at a time; sums and log-sum-exps go from piece to piece and into the causal kernel,
-which is the same. Where no chunk has a prefix, nothing of that runs.
+bounded size at a time. The last piece and the new tokens are met by one call of the kernel; sums
+and log-sum-exps go from piece to piece before. Where no chunk has a prefix, nothing of that runs.
+The kernel here is in Triton, `hopper` has another.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -49,8 +51,18 @@ class Chunks(NamedTuple):
     num_keys: jax.Array
 
 
+class Source(NamedTuple):
+    """What rows meet: if `causal`, their chunks' own keys up to themselves, else every key."""
+
+    expanded: Expanded
+    chunks: Chunks
+    causal: bool
+
+
 State = tuple[jax.Array, jax.Array]
 """What rows have seen so far: normalised sums f32 [M, H, V], log-sum-exps f32 [M, H] in base 2."""
+Attend = Callable[..., "State | jax.Array"]
+"""A kernel, see `attend`."""
 
 
 def unsupported(latent: int, rope: int, nope: int, value: int) -> str | None:
@@ -88,7 +100,8 @@ def _kernel(
     one; the output, and the log-sum-exps if not causal.
     """
     factor = scale * LOG2_E
-    block, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
+    # All heads of the last rows first: they see the most keys; what begins late should be short.
+    block, head = pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(0)
     first_of_block = block * rows
     row = first_of_block + lax.broadcasted_iota(jnp.int32, (rows,), 0)
 
@@ -155,33 +168,49 @@ def _kernel(
     plgpu.store(out_ref.at[at], out, mask=at[0] < out_ref.shape[0])
 
 
-def _attend(
+def attend(
     q_nope: jax.Array,
     q_rope: jax.Array,
-    expanded: Expanded,
-    chunks: Chunks,
+    sources: Sequence[Source],
     start: State | None,
     *,
     m: int,
     scale: float,
-    causal: bool,
     interpret: bool,
 ) -> State | jax.Array:
-    """The last m rows of [n, H, nope or more] and [n, H, R] against their chunks' keys.
+    """The last m rows of [n, H, nope or more] and [n, H, R] against keys of one or two sources.
 
-    Causal, a chunk's keys are its rows and the result is [n, H, V], in which other rows are
-    undefined; else every key is seen, and the result is the state, written over `start`, with a
-    few rows more than m to make whole blocks.
+    `start` is what they have seen before; None: nothing. If the last source is causal the result
+    is [n, H, V], in which other rows are undefined; else the state, with a few rows more than m to
+    make whole blocks.
     """
+    result = start
+    for source in sources:
+        result = _attend(q_nope, q_rope, source, result, m=m, scale=scale, interpret=interpret)
+    return result
+
+
+def _attend(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    source: Source,
+    start: State | None,
+    *,
+    m: int,
+    scale: float,
+    interpret: bool,
+) -> State | jax.Array:
+    """`attend` with one source."""
+    expanded, chunks, causal = source
     heads, value = q_nope.shape[1], expanded.values.shape[-1]
     rows = block_rows(m)
     blocks = -(-m // rows)
 
     def of_rows(*width: int) -> pl.BlockSpec:
         zeros = (0,) * len(width)
-        return pl.BlockSpec((rows, None, *width), lambda i, h: (blocks - 1 - i, h, *zeros))
+        return pl.BlockSpec((rows, None, *width), lambda h, i: (blocks - 1 - i, h, *zeros))
 
-    operands = (*expanded, _chunks_of_blocks(chunks.first_row, blocks, rows), *chunks)
+    operands = (*expanded, chunks_of_blocks(chunks.first_row, blocks, rows), *chunks)
     state_specs = [of_rows(value), of_rows()]
     if causal:
         out_shape = [((*q_nope.shape[:2], value), q_nope.dtype)]
@@ -202,11 +231,11 @@ def _attend(
             causal=causal,
             starts=bool(state),
         ),
-        grid=(blocks, heads),
+        grid=(heads, blocks),
         in_specs=[*(whole(a.shape) for a in operands), *state_specs[: len(state)]],
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in out_shape],
-        input_output_aliases={} if causal else {len(operands): 0, len(operands) + 1: 1},
+        input_output_aliases={len(operands) + i: i for i in range(0 if causal else len(state))},
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="mla_causal" if causal else "mla_prefix",
@@ -222,7 +251,7 @@ def block_rows(m: int) -> int:
     return rows
 
 
-def _chunks_of_blocks(first_row: jax.Array, blocks: int, rows: int) -> jax.Array:
+def chunks_of_blocks(first_row: jax.Array, blocks: int, rows: int) -> jax.Array:
     """First and last chunk with rows in each block of rows, i32 [blocks, 2]."""
     ends = jnp.arange(blocks, dtype=jnp.int32)[:, None] * rows + jnp.array([0, rows - 1])
     before = first_row[None, None] <= ends[..., None]
@@ -239,14 +268,15 @@ def _prefix_piece(
 ) -> jax.Array:
     """Cached entries [size, C + R] of the prefixes laid end to end, from token `first` on.
 
-    What stands behind the last one is some other entry.
+    Zeros stand behind the last one.
     """
     page_size = kv.shape[2]
     token = first + jnp.arange(size, dtype=jnp.int32)
     chunk = (prefixes.ends[None] <= token[:, None]).sum(axis=1, dtype=jnp.int32)
     chunk = jnp.minimum(chunk, len(prefixes.ends) - 1)
     position = jnp.clip(token - prefixes.first[chunk], 0, tables.shape[1] * page_size - 1)
-    return kv[layer, tables[chunk, position // page_size], position % page_size]
+    cached = kv[layer, tables[chunk, position // page_size], position % page_size]
+    return jnp.where((token < prefixes.ends[-1])[:, None], cached, 0)
 
 
 def extend_attention(
@@ -265,15 +295,16 @@ def extend_attention(
     rows: slice,
     num_rows: int,
     scale: float,
+    kernel: Attend = attend,
     interpret: bool = False,
 ) -> jax.Array:
     """See `model.ops.mla_attention.extend_attention`; None for prefixes says that there are none.
 
-    Whether there are any must else be asked, which the host does, layer by layer.
+    Whether there are any must else be asked, which the host does, layer by layer. `kernel` is
+    `attend` of this module or another.
     """
-    m, heads = rows.stop - rows.start, q_nope.shape[1]
-    rope, value = q_rope.shape[-1], w_uv.shape[-1]
-    attend = functools.partial(_attend, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
+    m, rope = rows.stop - rows.start, q_rope.shape[-1]
+    met = functools.partial(kernel, q_nope, q_rope, m=m, scale=scale, interpret=interpret)
     # Whole entries times weights that ignore the rope key: cutting entries would copy them.
     w_uk = jnp.pad(w_uk, ((0, 0), (0, 0), (0, rope)))
     w_uv = jnp.pad(w_uv, ((0, 0), (0, rope), (0, 0)))
@@ -284,30 +315,25 @@ def extend_attention(
 
     # Outside of the branches, and of all rows: two parts' expansions are one to XLA.
     own, first_row = expand(entries), chunk_first_row - rows.start
-
-    def causal(start: State | None = None) -> jax.Array:
-        first_key = chunk_first_row + (len(entries) - num_rows)
-        chunks = Chunks(first_row, chunk_rows, first_key, chunk_rows)
-        return attend(own, chunks, start, causal=True)
-
+    first_key = chunk_first_row + (len(entries) - num_rows)
+    new = Source(own, Chunks(first_row, chunk_rows, first_key, chunk_rows), causal=True)
     if prefixes is None:
-        return causal()
+        return met([new], None)
     size = min(MAX_PIECE, max(MIN_PIECE, m))
 
-    def one_piece(i: jax.Array, state: State) -> State:
+    def piece(i: jax.Array | int) -> Source:
         cached = _prefix_piece(kv, layer, tables, prefixes, i * size, size)
         first = jnp.clip(prefixes.first - i * size, 0, size)
         end = jnp.clip(prefixes.first + prefixes.lengths - i * size, 0, size)
         chunks = Chunks(first_row, chunk_rows, first, end - first)
-        return attend(expand(cached.astype(q_nope.dtype)), chunks, state, causal=False)
+        return Source(expand(cached.astype(q_nope.dtype)), chunks, causal=False)
 
-    def after_prefixes() -> jax.Array:
-        whole = m + -m % block_rows(m)
-        nothing = (
-            jnp.zeros((whole, heads, value), jnp.float32),
-            jnp.full((whole, heads), MASKED, jnp.float32),
-        )
-        pieces = (prefixes.ends[-1] + size - 1) // size
-        return causal(lax.fori_loop(0, pieces, one_piece, nothing))
+    def several() -> jax.Array:
+        """All pieces but the last give a state."""
+        state = met([piece(0)], None)
+        state = lax.fori_loop(1, pieces - 1, lambda i, state: met([piece(i)], state), state)
+        return met([piece(pieces - 1), new], state)
 
-    return lax.cond(prefixes.ends[-1] > 0, after_prefixes, causal)
+    pieces = (prefixes.ends[-1] + size - 1) // size
+    branches = (lambda: met([new], None), lambda: met([piece(0), new], None), several)
+    return lax.switch(jnp.minimum(pieces, 2), branches)

@@ -20,11 +20,16 @@ from tests.fixtures import DATA
 
 
 def choose(
-    name, platform="cuda", layout=(1, 1, 1), capability="8.0", dtype="bfloat16", fp8=None, **flags
+    name,
+    platform="cuda",
+    layout=(1, 1, 1),
+    fp8=None,
+    capability="8.0",
+    dtype="bfloat16",
+    sizes=(),
+    **flags,
 ):
-    model = ModelConfig.from_folder(DATA / name)
-    if capability == "9.0":  # sizes that its kernels take
-        model = dataclasses.replace(model, hidden_size=512, moe_intermediate_size=256)
+    model = dataclasses.replace(ModelConfig.from_folder(DATA / name), **dict(sizes))
     return choose_kernels(
         ServerConfig(**flags),
         model,
@@ -38,11 +43,29 @@ def choose(
 
 def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
     pallas = {field.name for field in dataclasses.fields(Kernels)} - {
-        *("unroll", "prefixes", "hopper", "interpret")
+        *("unroll", "prefixes", "interpret")
     }
     chosen = choose("deepseek_v2_lite")
     assert all(getattr(chosen, name) == "pallas" for name in pallas)
     assert choose("deepseek_v2_lite", platform="cpu") == Kernels()
+
+
+def test_hopper_gpus_have_an_extend_kernel_for_heads_of_its_sizes(caplog):
+    sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "rotary_dim": 64}
+    sizes |= {"v_head_dim": 128}
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        taken = choose("deepseek_v2_lite", capability="9.0", sizes=sizes)
+        others = [
+            choose("deepseek_v2_lite", capability="9.0"),  # qk_rope_head_dim 16
+            choose("deepseek_v2_lite", capability="9.0", sizes=sizes | {"v_head_dim": 256}),
+            choose("deepseek_v2_lite", capability="9.0", sizes=sizes, dtype="float32"),
+            choose("deepseek_v2_lite", capability="10.0", sizes=sizes),
+        ]
+    assert dataclasses.replace(taken, extend_attention="pallas") == others[0]
+    assert taken.extend_attention == "hopper"
+    assert {other.extend_attention for other in others} == {"pallas"}
+    for text in ("qk_rope_head_dim", "v_head_dim 256", "float32 is no", "capability 10.0"):
+        assert text in caplog.text
 
 
 def test_what_has_no_kernel_runs_in_xla_and_the_log_says_so(caplog):
@@ -79,7 +102,13 @@ def test_published_fp8_blocks_get_kernels(caplog, sizes):
     config, blocks = published_fp8(4, layout)
     assert len(blocks) == 2 * 4 + 2 + 4
     with caplog.at_level(logging.INFO, "meshserve.engine"):
-        chosen = choose_kernels(ServerConfig(), config, layout, platform="cuda", fp8=blocks)
+        chosen = choose_kernels(
+            *(ServerConfig(), config, layout),
+            platform="cuda",
+            capability="8.0",
+            dtype="bfloat16",
+            fp8=blocks,
+        )
     assert {chosen.grouped_mlp, chosen.dense, chosen.routing, chosen.extend_attention} == {"pallas"}
     assert "no kernel" not in caplog.text
 
@@ -88,7 +117,13 @@ def test_stacks_that_kernels_do_not_reach_are_named(caplog):
     layout = make_layout(4, 4, 4)
     config, blocks = published_fp8(5, layout)  # 2 MoE layers: 64 experts' w1 are 3.5 GiB
     with caplog.at_level(logging.INFO, "meshserve.engine"):
-        choose_kernels(ServerConfig(), config, layout, platform="cuda", fp8=blocks)
+        choose_kernels(
+            *(ServerConfig(), config, layout),
+            platform="cuda",
+            capability="8.0",
+            dtype="bfloat16",
+            fp8=blocks,
+        )
     assert caplog.text.count("is copied before it is read") == 1
     assert "segments.1.experts.w1: kernels reach no FP8 weights of 3.5 GiB" in caplog.text
 
@@ -99,14 +134,22 @@ def test_widths_are_those_of_a_device():
 
 
 def test_hopper_gpus_get_kernels_of_their_own_for_experts_of_many_rows(caplog):
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256}
+
+    def grouped(capability="9.0", **given):
+        return choose("deepseek_v2_lite", capability=capability, sizes=sizes, **given).grouped_mlp
+
     with caplog.at_level(logging.INFO, "meshserve.engine"):
-        assert choose("deepseek_v2_lite", capability="9.0").hopper
-        assert choose("deepseek_v2_lite", capability="9.0", layout=(2, 1, 1)).hopper  # 256 / 2
-        assert not choose("deepseek_v2_lite", capability="9.0", layout=(4, 1, 1)).hopper
-        assert not choose("deepseek_v2_lite", capability="9.0", dtype="float32").hopper
-        assert not choose("deepseek_v2_lite", capability="10.0").hopper
-        assert not choose("deepseek_v2_lite", capability="9.0", moe_runner_backend="xla").hopper
-    for text in ("rows: kernels for Hopper", "expert width 64", "not float32", "9.0, not 10.0"):
+        taken = [grouped(), grouped(layout=(2, 1, 1))]  # expert width 256 / 2
+        others = [
+            grouped(layout=(4, 1, 1)),
+            grouped(dtype="float32"),
+            grouped(capability="10.0"),
+            grouped(fp8={"segments.1.experts.w1": ((1, 8, 512, 2, 256), (1, 128, 1, 128))}),
+        ]
+        assert grouped(moe_runner_backend="xla") == "xla"
+    assert (set(taken), set(others)) == ({"hopper"}, {"pallas"})
+    for text in ("expert width 64", "not float32", "capability 10.0", "no FP8 weights"):
         assert text in caplog.text
 
 
