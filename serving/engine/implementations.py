@@ -20,6 +20,10 @@ from sharding.rules import padded_sizes
 
 log = logging.getLogger("meshserve.engine")
 
+LAYER_UNROLL = 2
+"""Layers of straight code where kernels take them out of their stacks: every turn of the loop
+begins a CUDA graph, and nothing of one layer runs beside the next across its border."""
+
 
 def choose_kernels(
     config: ServerConfig,
@@ -67,7 +71,7 @@ def choose_kernels(
         routing=routing,
         norm=attention,
         dense=attention,
-        unroll=config.layer_unroll or 1,
+        unroll=config.layer_unroll or (LAYER_UNROLL if attention == "pallas" else 1),
     )
     if kernels.dense == "pallas" and any(".experts." not in path for path in fp8):
         log.info("dense products with weights that stay in FP8: xla, the kernel takes none")

@@ -312,16 +312,16 @@ def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype,
     np.testing.assert_array_equal(*(a.astype(jnp.float32) for a in (got_kv, want)))
 
 
-@pytest.mark.parametrize("few", [0, 21])  # the kernel computes the logits, or XLA does
+@pytest.mark.parametrize("rows", [1, 21, 150])
 @pytest.mark.parametrize(
     "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2"]
 )  # softmax; sigmoid with bias; softmax, normalised; experts that are no power of two
-def test_routing_equals_its_twin(rng, name, few, monkeypatch):
-    monkeypatch.setattr(routing, "FEW_ROWS", few)
+def test_routing_equals_its_twin(rng, name, rows):
     config = ModelConfig.from_folder(DATA / name)
     width, experts = 7 * 64, config.num_experts
     assert routing_unsupported(width, config.num_groups) is None
-    x = jnp.asarray(rng.standard_normal((21, width)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+    valid = jnp.asarray(rng.random(rows) < 0.8)
     stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 12, jnp.float32)
     bias = jnp.asarray(rng.uniform(-1.5, -0.5, experts), jnp.float32)
     bias = bias if config.router_bias else None
@@ -330,6 +330,7 @@ def test_routing_equals_its_twin(rng, name, few, monkeypatch):
         stack,
         jnp.int32(1),
         bias,
+        valid,
         k=config.num_experts_per_token,
         scoring=config.scoring,
         normalize=config.normalize_weights,
@@ -337,7 +338,7 @@ def test_routing_equals_its_twin(rng, name, few, monkeypatch):
         interpret=True,
     )
     ids, weights = route(jnp.dot(x, stack[1], precision="highest"), bias, config)
-    np.testing.assert_array_equal(got[0], ids)
+    np.testing.assert_array_equal(got[0], jnp.where(valid[:, None], ids, -1))
     np.testing.assert_allclose(got[1], weights, rtol=1e-4)
 
 
@@ -425,17 +426,18 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
         *(array(64, 2048), array(26, 2048, 16, 192), array(26, 2048, 576), layer),
     )
     assert "triton" in text
-    for tokens in (64, routing.FEW_ROWS + 1):
+    for tokens in (64, 8448):
         text = lowered_for_cuda(
             lambda x, w, i: norm.rms_norm(x, w, i, 1e-6),
             *(array(tokens, 2048), array(26, 2048), layer),
         )
         assert "rms_norm" in text
         text = lowered_for_cuda(
-            lambda x, w, i: routing.route(
-                x, w, i, None, k=6, scoring="softmax", normalize=True, scale=1.0
+            lambda x, w, i, valid: routing.route(
+                x, w, i, None, valid, k=6, scoring="softmax", normalize=True, scale=1.0
             ),
             *(array(tokens, 2048), array(26, 2048, 64, dtype=jnp.float32), layer),
+            array(tokens, dtype=jnp.bool_),
         )
         assert "triton" in text
     for tokens in (1, 64, 256, 4096):
