@@ -67,9 +67,7 @@ def _logits_kernel(x_ref, w_ref, layer_ref, out_ref, *, rows: int, columns: int,
     plgpu.store(out_ref.at[part, row, expert], total, mask=there)
 
 
-def _logits(
-    x: jax.Array, stack: jax.Array, layer: jax.Array, *, interpret: bool
-) -> jax.Array:
+def _logits(x: jax.Array, stack: jax.Array, layer: jax.Array, *, interpret: bool) -> jax.Array:
     """x @ stack[layer] in parts f32 [P, T, E] whose sum it is."""
     t, (width, experts) = x.shape[0], stack.shape[1:]
     rows = MIN_BLOCK

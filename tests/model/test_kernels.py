@@ -15,7 +15,7 @@ import pytest
 
 from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
-from model.layers import rms_norm
+from model.layers import add_and_norm, rms_norm
 from model.moe import route
 from model.ops import norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
@@ -275,6 +275,22 @@ def test_norm_by_stacked_weights_equals_its_definition(rng, rows, width, many, m
     stack = jnp.asarray(rng.standard_normal((3, width)), jnp.float32)
     got = norm.rms_norm(x, stack, jnp.int32(1), 1e-6, interpret=True)
     np.testing.assert_allclose(got, rms_norm(x, stack[1], 1e-6), atol=1e-5)
+
+
+@pytest.mark.parametrize(("parts", "scale"), [(1, 1.0), (3, 0.3)])
+@pytest.mark.parametrize(("rows", "many"), [(1, 1000), (10, 8)])
+def test_residual_and_norm_equal_their_definition(rng, rows, many, parts, scale, monkeypatch):
+    monkeypatch.setattr(norm, "MANY_ROWS", many)
+    width = 96
+    # Sums without rounding, in whatever order, so that both round alike to bfloat16.
+    x = jnp.asarray(rng.integers(-40, 40, (rows, width)) / 8, jnp.bfloat16)
+    y = jnp.asarray(rng.integers(-9, 9, (parts, rows, width)), jnp.float32)
+    weight = StackedWeight(stack=jnp.asarray(rng.random((3, width)), x.dtype), layer=jnp.int32(1))
+    want_x, want = add_and_norm(x, y, weight, 1e-6, XLA, scale=scale)
+    got_x, got = add_and_norm(x, y, weight, 1e-6, KERNELS, scale=scale)
+    assert (got_x.dtype, got.dtype) == (x.dtype, x.dtype)
+    np.testing.assert_array_equal(*(a.astype(jnp.float32) for a in (got_x, want_x)))
+    np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, want)), rtol=0.02)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

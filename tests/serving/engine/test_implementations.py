@@ -10,7 +10,7 @@ import pytest
 from model.config import ModelConfig
 from model.ops.kernels import Kernels
 from serving.config import ConfigError, ServerConfig, parse_args
-from serving.engine.implementations import choose_kernels
+from serving.engine.implementations import LAYER_UNROLL, choose_kernels
 from sharding.layout import make_layout
 from tests.fixtures import DATA
 
@@ -27,6 +27,8 @@ def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
     }
     chosen = choose("deepseek_v2_lite")
     assert all(getattr(chosen, name) == "pallas" for name in pallas)
+    assert chosen.unroll == LAYER_UNROLL
+    assert choose("deepseek_v2_lite", layer_unroll=5).unroll == 5
     assert choose("deepseek_v2_lite", platform="cpu") == Kernels()
 
 
