@@ -216,7 +216,7 @@ def test_a_token_is_computed_alike_beside_others(rng):
     np.testing.assert_array_equal(together[0], single[0])
 
 
-@pytest.mark.parametrize("pairs", [1, 128, 500, 5000])
+@pytest.mark.parametrize("pairs", [1, 128, 500, 1100, 5000])
 def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs):
     ids = rng.integers(-1, 5, pairs).astype(np.int32)
     order, counts = sort_pairs(jnp.asarray(ids), 5, interpret=True)

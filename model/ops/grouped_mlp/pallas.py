@@ -25,6 +25,8 @@ MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
 FEW_PAIRS = 4096
 """Up to so many, programs that sort 64 of them are faster than some that sort 128."""
+COUNTED_PAIRS, COUNTED_AT_ONCE = 1024, 128
+"""Up to so many, each program that sorts counts all pairs itself, instead of a kernel before it."""
 
 
 class Tiles(NamedTuple):
@@ -160,15 +162,39 @@ def _down_kernel(
         plgpu.store(out_ref.at[places[:, None], at], total, mask=block.live[:, None])
 
 
-def _sort_kernel(ids_ref, blocks_ref, order_ref, counts_ref, *, rows: int):
-    """The places of a block of pairs: behind all of smaller experts, and of the blocks before."""
+def _counted(ids_ref, first_pair: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """Pairs of each expert, all and those before `first_pair`, i32 [E] each."""
+    pairs = ids_ref.shape[0]
+
+    def body(i, so_far):
+        counts, before = so_far
+        pair = i * COUNTED_AT_ONCE + lax.broadcasted_iota(jnp.int32, (COUNTED_AT_ONCE,), 0)
+        ids = plgpu.load(ids_ref.at[pair], mask=pair < pairs, other=-1)
+        expert = lax.broadcasted_iota(jnp.int32, (COUNTED_AT_ONCE, experts), 1)
+        there = (ids[:, None] == expert).astype(jnp.int32)
+        earlier = jnp.where((pair < first_pair)[:, None], there, 0)
+        return counts + jnp.sum(there, axis=0), before + jnp.sum(earlier, axis=0)
+
+    nothing = jnp.zeros((experts,), jnp.int32)
+    return lax.fori_loop(0, -(-pairs // COUNTED_AT_ONCE), body, (nothing, nothing))
+
+
+def _sort_kernel(ids_ref, *refs, rows: int):
+    """The places of a block of pairs: behind all of smaller experts, and of the blocks before.
+
+    `refs`: each block's pairs of each expert, if they are counted; the order; all blocks' pairs.
+    """
+    *blocks_refs, order_ref, counts_ref = refs
     block, pairs = pl.program_id(0), ids_ref.shape[0]
     pair = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
     ids = plgpu.load(ids_ref.at[pair], mask=pair < pairs, other=-1)
-    of_blocks = blocks_ref[...]  # [blocks, E]
-    numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
-    counts = jnp.sum(of_blocks, axis=0)
-    before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
+    if blocks_refs:
+        of_blocks = blocks_refs[0][...]  # [blocks, E]
+        numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
+        counts = jnp.sum(of_blocks, axis=0)
+        before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
+    else:
+        counts, before = _counted(ids_ref, block * rows, counts_ref.shape[0])
     first = jnp.cumsum(counts) - counts + before  # [E]
     mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (rows, counts.shape[0]), 1)
     mine = mine.astype(jnp.int32)
@@ -195,23 +221,19 @@ def sort_pairs(
     pairs = expert_ids.shape[0]
     padded = 1 << (experts - 1).bit_length()
     rows = 64 if pairs <= FEW_PAIRS else 128
-    ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
-    blocks = len(ids) // rows
-    of_blocks = jnp.sum(
-        ids.reshape(blocks, 1, rows) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
-    )
-    of_blocks = jnp.pad(of_blocks, ((0, (1 << (blocks - 1).bit_length()) - blocks), (0, 0)))
+    blocks, operands = -(-pairs // rows), [expert_ids]
+    if pairs > COUNTED_PAIRS:
+        ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
+        of_blocks = jnp.sum(
+            ids.reshape(blocks, 1, rows) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
+        )
+        all_blocks = 1 << (blocks - 1).bit_length()
+        operands.append(jnp.pad(of_blocks, ((0, all_blocks - blocks), (0, 0))))
     return pl.pallas_call(
         functools.partial(_sort_kernel, rows=rows),
         grid=(blocks,),
-        in_specs=[
-            pl.BlockSpec((pairs,), lambda i: (0,)),
-            whole(of_blocks.shape),
-        ],
-        out_specs=[
-            whole((pairs,)),
-            whole((padded,)),
-        ],
+        in_specs=[whole(a.shape) for a in operands],
+        out_specs=[whole((pairs,)), whole((padded,))],
         out_shape=[
             jax.ShapeDtypeStruct((pairs,), jnp.int32),
             jax.ShapeDtypeStruct((padded,), jnp.int32),
@@ -219,7 +241,7 @@ def sort_pairs(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="sort_pairs",
-    )(expert_ids, of_blocks)
+    )(*operands)
 
 
 def grouped_mlp(
