@@ -8,6 +8,7 @@ out of the stack.
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +30,24 @@ def _kernel(x_ref, w_ref, layer_ref, *refs, rows: int, columns: int, eps: float,
     row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
     at = lax.broadcasted_iota(jnp.int32, (1, columns), 1)
     live, here = row < t, at < width
-    x = plgpu.load(x_ref.at[row, at], mask=live & here, other=0).astype(jnp.float32)
+
+    def read(ref, *place) -> jax.Array:
+        return plgpu.load(ref.at[(*place, row, at)], mask=live & here, other=0)
+
+    # All that is read is asked for before any of it is needed: a program waits once.
+    weight = plgpu.load(w_ref.at[layer_ref[0], at], mask=here, other=0).astype(jnp.float32)
+    x = read(x_ref)
     if others:
         parts_ref, sum_ref = others
-        y = jnp.zeros((rows, columns), jnp.float32)
-        for part in range(parts_ref.shape[0]):
-            part = parts_ref.at[jnp.int32(part), row, at]
-            y += plgpu.load(part, mask=live & here, other=0).astype(jnp.float32)
+        parts = [read(parts_ref, jnp.int32(part)) for part in range(parts_ref.shape[0])]
+        y = functools.reduce(operator.add, (part.astype(jnp.float32) for part in parts))
         y = y.astype(dtype).astype(jnp.float32)
         if scale != 1:
             y = (y * jnp.asarray(scale, dtype).astype(jnp.float32)).astype(dtype)
-        x = (x + y.astype(jnp.float32)).astype(dtype)
+        x = (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(dtype)
         plgpu.store(sum_ref.at[row, at], x, mask=live & here)
-        x = x.astype(jnp.float32)
+    x = x.astype(jnp.float32)
     normed = x * lax.rsqrt(jnp.sum(x * x, axis=1) / width + eps)[:, None]
-    weight = plgpu.load(w_ref.at[layer_ref[0], at], mask=here, other=0).astype(jnp.float32)
     out = normed.astype(dtype).astype(jnp.float32) * weight
     plgpu.store(out_ref.at[row, at], out.astype(dtype), mask=live & here)
 
@@ -91,7 +95,8 @@ def _call(
         in_specs=[whole(a.shape) for a in operands],
         out_specs=[whole(x.shape)] * outputs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        # A row alone is spread over many warps, so that each thread has few loads to wait for.
+        compiler_params=plgpu.CompilerParams(num_warps=16 if rows == 1 else 4, num_stages=1),
         interpret=interpret,
         name="add_and_norm" if parts else "rms_norm",
     )(*operands)
