@@ -134,6 +134,8 @@ def decode_attention(
     padding = ((0, 0), (0, -given_heads % heads), (0, 0))
     q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
     head_blocks = q_latent.shape[1] // heads
+    # Latents in float8 lie in memory twice, once converted: there is no room for more.
+    stages = STAGES if kv.dtype.itemsize > 1 else 3
     splits = splits or num_splits(b * head_blocks)
     block = BLOCK if q_latent.dtype.itemsize == 2 else MIN_BLOCK
 
@@ -167,7 +169,7 @@ def decode_attention(
         ],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=stages),
         interpret=interpret,
         name="mla_decode",
     )(q_latent, q_rope, kv, tables, lengths, jnp.reshape(layer, (1,)).astype(jnp.int32))
