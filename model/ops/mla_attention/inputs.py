@@ -19,8 +19,8 @@ from jax.experimental.pallas import triton as plgpu
 from model.ops.kernels import whole
 from model.quantization import saturating_cast
 
-HEADS, SUMMED_HEADS = 16, 4
-"""Heads of a program at most; where parts are added, each thread has less to wait for."""
+HEADS = 16
+"""Heads of a program at most."""
 
 
 def _sum(ref, at: tuple[jax.Array, ...], mask: jax.Array | None, dtype) -> jax.Array:
@@ -137,7 +137,7 @@ def finish_inputs(
     parts, t, num_heads, _ = q.shape
     rope = 2 * cos.shape[1]
     heads = 1
-    while heads < min(num_heads, HEADS if parts == 1 else SUMMED_HEADS):
+    while heads < min(num_heads, HEADS):
         heads *= 2
 
     def scalar(number: jax.Array) -> jax.Array:
