@@ -95,8 +95,10 @@ def _call(
         in_specs=[whole(a.shape) for a in operands],
         out_specs=[whole(x.shape)] * outputs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * outputs,
-        # A row alone is spread over many warps, so that each thread has few loads to wait for.
-        compiler_params=plgpu.CompilerParams(num_warps=16 if rows == 1 else 4, num_stages=1),
+        # A row and its parts are spread over many warps: each thread has few loads to wait for.
+        compiler_params=plgpu.CompilerParams(
+            num_warps=16 if parts and rows == 1 else 4, num_stages=1
+        ),
         interpret=interpret,
         name="add_and_norm" if parts else "rms_norm",
     )(*operands)

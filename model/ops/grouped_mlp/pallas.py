@@ -25,7 +25,7 @@ MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
 FEW_PAIRS = 4096
 """Up to so many, programs that sort 64 of them are faster than some that sort 128."""
-COUNTED_PAIRS, COUNTED_AT_ONCE = 1024, 128
+COUNTED_PAIRS, COUNTED_AT_ONCE = 512, 128
 """Up to so many, each program that sorts counts all pairs itself, instead of a kernel before it."""
 
 

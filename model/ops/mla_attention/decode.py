@@ -22,12 +22,10 @@ PROGRAMS = 132
 """The multiprocessors of an H100: more parts of a context cost more in merging than they gain."""
 BLOCK = 64
 """Tokens read at a time."""
-STAGES = 5
-"""Page ids are read first, then latents: two blocks of these are on their way from five stages on.
-With fewer, one block is read and used in turn, which costs a third of the bandwidth."""
-MAX_SPLITS = 16
-MAX_HEADS = 32
-"""Heads of one program: its float32 sums [heads, C] stay in registers."""
+MAX_SPLITS = 32
+MAX_HEADS, MAX_HEADS_WIDE = 32, 64
+"""Heads of one program; the second number where queries and latents are bfloat16. Its float32 sums
+[heads, C] stay in registers, most of them: the latents are read once for all its heads."""
 
 
 def num_splits(programs: int) -> int:
@@ -36,6 +34,19 @@ def num_splits(programs: int) -> int:
     while splits < MAX_SPLITS and 2 * splits * programs <= PROGRAMS:
         splits *= 2
     return splits
+
+
+def _stages(heads: int, programs: int, kv_itemsize: int) -> int:
+    """How far the reading of a program of so many heads runs ahead of its computing.
+
+    Page ids are read before latents: up to four stages, one block of these is read and used in
+    turn, which costs a third of the bandwidth; with five, the next one is on its way meanwhile.
+    """
+    if heads > MAX_HEADS:  # products of 64 rows take the block from memory and need two of them
+        return 3
+    if programs > PROGRAMS:  # several on a multiprocessor read beside each other
+        return 2
+    return 5 if kv_itemsize > 1 else 3  # float8 lies in memory converted, too: no room for more
 
 
 def _kernel(
@@ -129,14 +140,14 @@ def decode_attention(
     """See `model.ops.mla_attention.decode_attention`; `splits` parts of a context, for tests."""
     b, given_heads, latent = q_latent.shape
     heads = MIN_BLOCK
-    while heads < given_heads and heads < MAX_HEADS:
+    wide = q_latent.dtype.itemsize == 2 and kv.dtype.itemsize == 2
+    while heads < given_heads and heads < (MAX_HEADS_WIDE if wide else MAX_HEADS):
         heads *= 2
     padding = ((0, 0), (0, -given_heads % heads), (0, 0))
     q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
     head_blocks = q_latent.shape[1] // heads
-    # Latents in float8 lie in memory twice, once converted: there is no room for more.
-    stages = STAGES if kv.dtype.itemsize > 1 else 3
     splits = splits or num_splits(b * head_blocks)
+    stages = _stages(heads, b * head_blocks * splits, kv.dtype.itemsize)
     block = BLOCK if q_latent.dtype.itemsize == 2 else MIN_BLOCK
 
     def of_sequence(width: int) -> pl.BlockSpec:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from model.config import ModelConfig
 from model.ops.kernels import Kernels
 from serving.config import ConfigError, ServerConfig, parse_args
+from serving.engine.buckets import Shape
 from serving.engine.implementations import LAYER_UNROLL, choose_kernels
+from serving.engine.programs import GRAPH_OPTIONS, ProgramFactory
 from sharding.layout import make_layout
 from tests.fixtures import DATA
 
@@ -71,3 +75,18 @@ def test_other_engines_names_mean_the_kernels_and_say_so(flag, value):
     config = parse_args([flag, value, "--tp", "1"])
     assert getattr(config, flag[2:].replace("-", "_")) == "pallas"
     assert any(value in warning and "pallas" in warning for warning in config.warnings)
+
+
+def test_cuda_graphs_of_decode_programs_run_side_by_side_on_one_gpu():
+    def options(platform, devices, shape):
+        factory = object.__new__(ProgramFactory)
+        device = SimpleNamespace(platform=platform)
+        factory.mesh = SimpleNamespace(devices=np.array([device] * devices), size=devices)
+        return factory.options(shape)
+
+    decode = Shape(decode_rows=64, prefill_rows=0, chunks=0)
+    extend = Shape(decode_rows=64, prefill_rows=128, chunks=4)
+    assert options("cuda", 1, decode) is GRAPH_OPTIONS
+    assert options("cuda", 1, extend) is None
+    assert options("cuda", 2, decode) is None
+    assert options("cpu", 1, decode) is None
