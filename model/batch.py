@@ -68,6 +68,7 @@ class Rows(NamedTuple):
         positions: i32 [T]; 0 in padding rows.
         valid: bool [T].
         pages, offsets: i32 [T], where each row's KV entry goes; page 0 for padding.
+        decode_lengths: i32 [B], KV tokens of each decode row, its own included; 0 for padding.
         prefixes: what the chunks find cached.
     """
 
@@ -76,6 +77,7 @@ class Rows(NamedTuple):
     valid: jax.Array
     pages: jax.Array
     offsets: jax.Array
+    decode_lengths: jax.Array
     prefixes: Prefixes
 
 
@@ -134,6 +136,7 @@ def derive_rows(batch: ForwardBatch, page_size: int) -> Rows:
         valid=valid,
         pages=jnp.where(valid, pages, 0),
         offsets=positions % page_size,
+        decode_lengths=batch.decode_positions + 1,
         prefixes=find_prefixes(batch.chunk_rows, batch.chunk_start, batch.chunk_tables, page_size),
     )
 

@@ -17,7 +17,13 @@ the weighted sum over the experts (and the part of their width) that this device
 
 
 class Comm(Protocol):
-    """Communication of one device with its mesh."""
+    """Communication of one device with its mesh.
+
+    Attributes:
+        heads_are_whole: no dimension that `sum_heads` finishes is cut: it changes nothing.
+    """
+
+    heads_are_whole: bool
 
     def sum_heads(self, x: jax.Array) -> jax.Array:
         """Finish a matmul whose contracted dimension (heads, dense width, vocabulary) is cut."""
@@ -58,6 +64,8 @@ class Comm(Protocol):
 
 class SingleDevice:
     """No communication: one device holds everything."""
+
+    heads_are_whole = True
 
     def sum_heads(self, x: jax.Array) -> jax.Array:
         return x

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.batch import ForwardBatch, MicroBatch, Prefixes, Rows
+from model.batch import ForwardBatch, MicroBatch, Rows
 from model.comm import Comm, SingleDevice
 from model.config import ModelConfig
 from model.heads import HeadSlots
@@ -124,7 +124,7 @@ class GQAttention(nnx.Module):
         kv: jax.Array,
         layer: jax.Array,
         batch: ForwardBatch,
-        prefixes: Prefixes,
+        rows: Rows,
         part: MicroBatch,
         comm: Comm,
         kernels: Kernels,
@@ -135,10 +135,10 @@ class GQAttention(nnx.Module):
             queries: [n, N, G, d], of the micro-batch's rows.
             entries: [T, 2, N, d], of all rows of the step; read from the pool, which has them.
             kv: [L, pages, S, 2, N, d], this device's pool; layer: i32, this layer's index in it.
-            prefixes, kernels: for MLA's kernels; GQA's attention is the XLA definition.
+            rows: all rows of the step; kernels: has nothing for GQA.
 
         Returns:
-            [n, D], complete.
+            [1, n, D], complete, as `MLAttention.attend` gives it.
         """
         q = queries
         scale, b = self.config.attention_scale, part.decode.stop - part.decode.start
@@ -150,7 +150,7 @@ class GQAttention(nnx.Module):
                     kv,
                     layer,
                     batch.decode_tables[part.decode],
-                    batch.decode_positions[part.decode] + 1,
+                    rows.decode_lengths[part.decode],
                     scale=scale,
                 )
             )
@@ -169,7 +169,7 @@ class GQAttention(nnx.Module):
                 )
             )
         attended = jnp.concatenate(parts).reshape(len(q), -1, self.config.head_dim)  # [n, H, d]
-        return comm.sum_heads(jnp.einsum("thk,hkd->td", attended, self.out[...]))
+        return comm.sum_heads(jnp.einsum("thk,hkd->td", attended, self.out[...]))[None]
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """The definition, on whole sequences: [batch, T, D] -> [batch, T, D], causal.

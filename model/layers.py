@@ -14,7 +14,7 @@ from flax import nnx
 
 from model.comm import Comm
 from model.ops import norm
-from model.ops.dense import StackedWeight, matmul
+from model.ops.dense import StackedWeight, matmul, sum_parts
 from model.ops.kernels import XLA, Kernels
 
 Axis = Literal["heads", "kv_heads", "vocab", "mlp", "experts", "expert_mlp"] | None
@@ -65,6 +65,27 @@ def norm_rows(x: jax.Array, weight: Any, eps: float, kernels: Kernels = XLA) -> 
     if kernels.norm == "pallas" and isinstance(weight, StackedWeight):
         return norm.rms_norm(x, weight.stack, weight.layer, eps, interpret=kernels.interpret)
     return rms_norm(x, weight[...], eps)
+
+
+def add_and_norm(
+    x: jax.Array, parts: jax.Array, weight: Any, eps: float, kernels: Kernels, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """A residual and the norm behind it: x + scale * y, and `norm_rows` of that, both [T, D].
+
+    Args:
+        parts: [P, T, D], whose sum is y (see `model.ops.dense.matmul_parts`).
+    """
+    if kernels.norm == "pallas" and isinstance(weight, StackedWeight):
+        return norm.add_and_norm(
+            x, parts, weight.stack, weight.layer, eps, scale=scale, interpret=kernels.interpret
+        )
+    x = x + scaled(sum_parts(parts, x.dtype), scale)
+    return x, rms_norm(x, weight[...], eps)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a constant, which most models do not have."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 class MLP(nnx.Module):

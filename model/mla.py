@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.batch import ForwardBatch, MicroBatch, Prefixes, Rows
+from model.batch import ForwardBatch, MicroBatch, Rows
 from model.comm import Comm
 from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
-from model.ops.dense import as_stacked, matmul, matmul_parts
+from model.ops.dense import as_stacked, matmul, matmul_parts, sum_parts
 from model.ops.kernels import XLA, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
 from model.ops.mla_attention.inputs import finish_inputs
@@ -149,7 +149,7 @@ class MLAttention(nnx.Module):
         kv: jax.Array,
         layer: jax.Array,
         batch: ForwardBatch,
-        prefixes: Prefixes,
+        rows: Rows,
         part: MicroBatch,
         comm: Comm,
         kernels: Kernels,
@@ -160,9 +160,10 @@ class MLAttention(nnx.Module):
             queries: of the micro-batch's rows, from `project`.
             entries: [T, C + R], of all rows of the step, from `project`.
             kv: [L, N, S, C + R], this slice's pool, which has them all; layer: i32.
+            rows: all rows of the step.
 
         Returns:
-            [n, D], complete.
+            [P, n, D], complete, in parts as `matmul_parts` gives them.
         """
         q_nope, q_rope = queries
         scale, b = self.config.attention_scale, part.decode.stop - part.decode.start
@@ -179,7 +180,7 @@ class MLAttention(nnx.Module):
                 batch.chunk_first_row,
                 batch.chunk_rows,
                 batch.chunk_start,
-                prefixes,
+                rows.prefixes,
                 rows=part.prefill,
                 num_rows=batch.num_prefill_rows,
                 scale=scale,
@@ -194,12 +195,15 @@ class MLAttention(nnx.Module):
                 kv,
                 layer,
                 batch.decode_tables[part.decode],
-                batch.decode_positions[part.decode] + 1,
+                rows.decode_lengths[part.decode],
                 scale=scale,
                 kernels=kernels,
             )
             attended = attended.at[:b].set(decoded) if prefills else decoded
-        return comm.sum_heads(matmul(attended, self.out.get_value(), 2, kernels))
+        (parts,) = matmul_parts(attended, (self.out.get_value(),), 2, kernels)
+        if comm.heads_are_whole:
+            return parts
+        return comm.sum_heads(sum_parts(parts, attended.dtype))[None]
 
     def naive(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """The definition, on whole sequences: [batch, T, D] -> [batch, T, D], causal.

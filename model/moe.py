@@ -28,12 +28,24 @@ class Router(nnx.Module):
             self.bias = make.zeros_f32(config.num_experts)
         self.config = config
 
-    def __call__(self, x: jax.Array, kernels: Kernels = XLA) -> tuple[jax.Array, jax.Array]:
-        """[T, D] -> (expert ids i32 [T, K], weights f32 [T, K])."""
+    def __call__(
+        self, x: jax.Array, valid: jax.Array | None = None, kernels: Kernels = XLA
+    ) -> tuple[jax.Array, jax.Array]:
+        """[T, D] -> (expert ids i32 [T, K], weights f32 [T, K]).
+
+        Rows that are not valid, bool [T], go to no expert: their ids are -1. None: all are.
+        """
+        if valid is None:
+            valid = jnp.ones(len(x), bool)
         c = self.config
         bias = self.bias[...] if c.router_bias else None
         if kernels.routing == "xla":
-            return route(x.astype(jnp.float32) @ self.weight[...], bias, c)
+            # GPUs would multiply float32 in fewer bits, and choose other experts.
+            logits = jnp.matmul(
+                x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST
+            )
+            ids, weights = route(logits, bias, c)
+            return jnp.where(valid[:, None], ids, -1), weights
         if reason := routing.unsupported(c.hidden_size):
             raise ValueError(f"The routing kernel cannot route this model: {reason}.")
         weight = as_stacked(self.weight.get_value())
@@ -42,6 +54,7 @@ class Router(nnx.Module):
             weight.stack,
             weight.layer,
             bias,
+            valid,
             k=c.num_experts_per_token,
             scoring=c.scoring,
             normalize=c.normalize_weights,
@@ -135,8 +148,7 @@ class MoE(nnx.Module):
         Returns:
             [T, D], complete, and i32 [E]: how many of this slice's tokens each expert got.
         """
-        ids, weights = self.router(x, kernels)
-        ids = jnp.where(valid[:, None], ids, -1)
+        ids, weights = self.router(x, valid, kernels)
         counts = jnp.bincount(
             jnp.where(ids < 0, self.config.num_experts, ids).reshape(-1),
             length=self.config.num_experts + 1,

@@ -21,7 +21,17 @@ from model.comm import Comm
 from model.config import LayerKind, ModelConfig
 from model.gqa import GQAttention
 from model.heads import HeadSlots, head_slots
-from model.layers import MLP, Axis, Embedding, LMHead, ParamFactory, norm_rows, rms_norm
+from model.layers import (
+    MLP,
+    Axis,
+    Embedding,
+    LMHead,
+    ParamFactory,
+    add_and_norm,
+    norm_rows,
+    rms_norm,
+    scaled,
+)
 from model.mla import MLAttention
 from model.moe import Experts, MoE
 from model.ops.dense import StackedWeight
@@ -143,12 +153,12 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: jax.Array, comm: Comm) -> jax.Array:
         """i32 [T] -> [T, D]."""
-        return _scaled(self.embedding(tokens, comm), self.config.embedding_scale)
+        return scaled(self.embedding(tokens, comm), self.config.embedding_scale)
 
     def logits(self, x: jax.Array, comm: Comm) -> jax.Array:
         """Hidden rows [B, D] -> f32 [B, V]."""
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
-        x = _scaled(x, 1 / self.config.logits_divisor)
+        x = scaled(x, 1 / self.config.logits_divisor)
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head
         return head.logits(x, comm)[:, : self.config.vocab_size]
 
@@ -205,11 +215,6 @@ class Transformer(nnx.Module):
         return self.logits(x, comm), kv, counts
 
 
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    """x times a constant, which most models do not have."""
-    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
-
-
 def _is_weight(value: Any) -> bool:
     return isinstance(value, jax.Array | BlockFP8)
 
@@ -253,19 +258,18 @@ def _run_segment(
         )
         attended = []
         for x, q, part in zip(xs, queries, parts, strict=True):
-            y = layer.attention.attend(
-                q, entries, kv, at, batch, rows.prefixes, part, comm, kernels
+            y = layer.attention.attend(q, entries, kv, at, batch, rows, part, comm, kernels)
+            attended.append(
+                add_and_norm(x, y, layer.mlp_norm.get_value(), eps, kernels, scale=scale)
             )
-            attended.append(x + _scaled(y, scale))
         done, all_counts = [], []
-        for x, part in zip(attended, parts, strict=True):
-            normed = norm_rows(x, layer.mlp_norm.get_value(), eps, kernels)
+        for (x, normed), part in zip(attended, parts, strict=True):
             if segment.kind == "dense":
                 y, counts = comm.sum_heads(layer.mlp(normed, kernels)), jnp.zeros(0, jnp.int32)
             else:
                 valid = rows.valid[part.rows]
                 y, counts = layer.moe(normed, valid, segment.experts, index, comm, kernels)
-            done.append(x + _scaled(y, scale))
+            done.append(x + scaled(y, scale))
             all_counts.append(counts)
         return (tuple(done), kv), functools.reduce(operator.add, all_counts)
 

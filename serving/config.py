@@ -461,7 +461,8 @@ def _add_layout_flags(group: _Group) -> None:
         group,
         "--layer-unroll",
         type=int,
-        help="layers of straight code in a decode program; more compile longer (default: 1)",
+        help="layers of straight code in a decode program; more compile longer (default: 2 with "
+        "kernels, else 1)",
     )
     _add(
         group,

@@ -38,6 +38,7 @@ class MeshComm:
         self.sums = Sums(layout=layout, in_order=deterministic)
         self.fp8_dispatch = fp8_dispatch
         self.attn_tp = layout.size(layout.attn_tp)
+        self.heads_are_whole = self.attn_tp == 1
         self._exchange = exchange
 
     def exchange_for(self, tokens: int, k: int, width: int, itemsize: int) -> Exchange:

@@ -47,9 +47,12 @@ def gather_exchange(
     mesh these parts are complete.
     """
     layout = sums.layout
-    compute = _local_experts(experts, num_local_experts, sums, expert_ids.shape[1], x.dtype)
-    rows = encode(x, expert_ids, weights, fp8=fp8 and layout.num_slices > 1)
-    y = _everywhere(rows, layout.attn_dp, compute, sums)
+    if layout.num_devices == 1:  # nothing travels
+        y = experts(x, expert_ids, weights)
+    else:
+        compute = _local_experts(experts, num_local_experts, sums, expert_ids.shape[1], x.dtype)
+        rows = encode(x, expert_ids, weights, fp8=fp8 and layout.num_slices > 1)
+        y = _everywhere(rows, layout.attn_dp, compute, sums)
     if shared is not None:
         y = y + shared
     return sums.whole(y, layout.attn_tp)

@@ -1,4 +1,4 @@
-"""Scoring, choosing and weighing experts in one Pallas (Triton) kernel.
+"""Scoring, choosing and weighing experts in two Pallas (Triton) kernels.
 
 The definition is `model.moe.route` on logits of float32.
 """
@@ -6,6 +6,7 @@ The definition is `model.moe.route` on logits of float32.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -16,19 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.ops.kernels import largest_block, whole
-from model.quantization import layer_weight
 
 MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
-ROWS, DEPTH = 64, 64
-"""Rows and numbers of a row that one program multiplies at a time."""
-FEW_ROWS = 4096
-"""Up to so many rows XLA computes the logits and the kernel only chooses: on an H200, 512 rows of
-2048 numbers take XLA 9 us and the kernel's own products 28 us, 8448 rows 65 us and 43 us."""
-
-FEW_EXPERTS = 64
-"""Up to so many (and without groups of them), the kernel's own products leave it registers to
-choose in; with 256 experts in groups it takes minutes to compile."""
+ROWS, COLUMNS, DEPTH = 64, 64, 64
+"""Of a block of logits, and numbers of a row that are multiplied at a time."""
+PROGRAMS = 264
+"""Twice the multiprocessors of an H100: rows are cut into parts until so many work."""
 
 
 class Groups(NamedTuple):
@@ -61,31 +56,60 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return total
 
 
-def _products(x_ref, w_ref, layer_ref, row: jax.Array, expert: jax.Array) -> jax.Array:
-    """Logits [rows, columns] of some rows of x [T, D] and a layer of w [L, D, E]."""
+def _logits_kernel(x_ref, w_ref, layer_ref, out_ref, *, rows: int, columns: int, depth: int):
+    """A block of rows and experts of out [P, T, E], over this program's part of the width."""
     layer, (width, experts) = layer_ref[0], w_ref.shape[1:]
-    depth = largest_block(width, DEPTH)
+    part, share = pl.program_id(1), width // out_ref.shape[0]
+    row = pl.program_id(2) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    expert = pl.program_id(0) * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
 
-    def body(i, logits):
-        across = i * depth + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
-        down = i * depth + lax.broadcasted_iota(jnp.int32, (depth, 1), 0)
+    def body(i, total):
+        first = part * share + i * depth
+        across = first + lax.broadcasted_iota(jnp.int32, (1, depth), 1)
+        down = first + lax.broadcasted_iota(jnp.int32, (depth, 1), 0)
         x = plgpu.load(x_ref.at[row, across], mask=row < x_ref.shape[0], other=0)
         w = plgpu.load(w_ref.at[layer, down, expert], mask=expert < experts, other=0)
-        return logits + _dot(x, w)
+        return total + _dot(x, w)
 
-    nothing = jnp.zeros((row.shape[0], expert.shape[1]), jnp.float32)
-    return lax.fori_loop(0, width // depth, body, nothing)
+    total = lax.fori_loop(0, share // depth, body, jnp.zeros((rows, columns), jnp.float32))
+    there = (row < x_ref.shape[0]) & (expert < experts)
+    plgpu.store(out_ref.at[part, row, expert], total, mask=there)
+
+
+def _logits(x: jax.Array, stack: jax.Array, layer: jax.Array, *, interpret: bool) -> jax.Array:
+    """x @ stack[layer] in parts f32 [P, T, E] whose sum it is."""
+    t, (width, experts) = x.shape[0], stack.shape[1:]
+    rows = MIN_BLOCK
+    while rows < min(t, ROWS):
+        rows *= 2
+    columns = min(COLUMNS, max(MIN_BLOCK, 1 << (experts - 1).bit_length()))
+    depth = largest_block(width, DEPTH)
+    blocks, row_blocks = -(-experts // columns), -(-t // rows)
+    parts = 1
+    while 2 * parts * blocks * row_blocks <= PROGRAMS and width % (2 * parts * depth) == 0:
+        parts *= 2
+    operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32))
+    return pl.pallas_call(
+        functools.partial(_logits_kernel, rows=rows, columns=columns, depth=depth),
+        grid=(blocks, parts, row_blocks),
+        in_specs=[whole(a.shape) for a in operands],
+        out_specs=whole((parts, t, experts)),
+        out_shape=jax.ShapeDtypeStruct((parts, t, experts), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="router_logits",
+    )(*operands)
 
 
 def _best(choice: jax.Array, numbers: jax.Array, n: int) -> Iterator[tuple[jax.Array, ...]]:
-    """The n largest of each row of choice [rows, columns], the first of equal ones first.
+    """The n largest of choice [columns], the first of equal ones first.
 
-    Yields the largest [rows], its number [rows], and bool [rows, columns], where it stands.
+    Yields the largest, its number, and bool [columns], where it stands.
     """
     for _ in range(n):
-        best = jnp.max(choice, axis=1)
-        first = jnp.min(jnp.where(choice == best[:, None], numbers, choice.shape[1]), axis=1)
-        here = numbers == first[:, None]
+        best = jnp.max(choice)
+        first = jnp.min(jnp.where(choice == best, numbers, choice.shape[0]))
+        here = numbers == first
         yield best, first, here
         choice = jnp.where(here, -jnp.inf, choice)
 
@@ -93,27 +117,28 @@ def _best(choice: jax.Array, numbers: jax.Array, n: int) -> Iterator[tuple[jax.A
 def _in_kept_groups(
     choice: jax.Array, numbers: jax.Array, experts: int, groups: Groups
 ) -> jax.Array:
-    """choice [rows, columns], -inf outside of each row's best groups."""
+    """choice [columns], -inf outside of the best groups."""
     size = experts // groups.number
     inside = [(numbers >= g * size) & (numbers < (g + 1) * size) for g in range(groups.number)]
     scores = []
     for mine in inside:
         best = _best(jnp.where(mine, choice, -jnp.inf), numbers, groups.best)
-        scores.append(functools.reduce(jnp.add, [score for score, _, _ in best]))
+        scores.append(functools.reduce(operator.add, [score for score, _, _ in best]))
     kept = jnp.zeros(choice.shape, jnp.bool_)
     for g, mine in enumerate(inside):
-        rank = jnp.zeros(choice.shape[:1], jnp.int32)
+        rank = jnp.int32(0)
         for h, score in enumerate(scores):
             if h != g:  # of equal groups the first one is better
                 better = score >= scores[g] if h < g else score > scores[g]
                 rank += better.astype(jnp.int32)
-        kept |= mine & (rank < groups.kept)[:, None]
+        kept |= mine & (rank < groups.kept)
     return jnp.where(kept, choice, -jnp.inf)
 
 
-def _kernel(
+def _choose_kernel(
+    logits_ref,
+    valid_ref,
     *refs,
-    rows: int,
     columns: int,
     k: int,
     scoring: str,
@@ -121,41 +146,41 @@ def _kernel(
     scale: float,
     groups: Groups | None,
 ):
-    """Logits [T, E], or what they are `_products` of, and bias [E] to ids and weights [T, k].
+    """A row's logits [P, T, E], in parts, and bias [E], if any, to its ids and weights [T, k].
 
     The largest choice comes first.
     """
-    *sources, bias_ref, ids_ref, weights_ref = refs
-    experts = bias_ref.shape[0]
-    row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    live, numbers = row < ids_ref.shape[0], lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
-    expert = lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-    if len(sources) == 1:
-        there = live[:, None] & (expert < experts)
-        logits = plgpu.load(sources[0].at[row[:, None], expert], mask=there, other=0)
-    else:
-        logits = _products(*sources, row[:, None], expert)
+    *bias_refs, ids_ref, weights_ref = refs
+    parts, _, experts = logits_ref.shape
+    row = pl.program_id(0)
+    numbers = lax.broadcasted_iota(jnp.int32, (columns,), 0)
+    there = numbers < experts
+    logits = jnp.zeros((columns,), jnp.float32)
+    for part in range(parts):
+        logits += plgpu.load(logits_ref.at[jnp.int32(part), row, numbers], mask=there, other=0)
     if scoring == "softmax":
-        logits = jnp.where(numbers < experts, logits, -jnp.inf)
-        scores = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
-        scores = scores / jnp.sum(scores, axis=1)[:, None]
+        logits = jnp.where(there, logits, -jnp.inf)
+        scores = jnp.exp(logits - jnp.max(logits))
+        scores = scores / jnp.sum(scores)
     else:
         scores = 1 / (1 + jnp.exp(-logits))
-    bias = plgpu.load(bias_ref.at[expert], mask=expert < experts, other=0)
-    choice = jnp.where(numbers < experts, scores + bias, -jnp.inf)
+    choice = scores
+    for ref in bias_refs:
+        choice += plgpu.load(ref.at[numbers], mask=there, other=0)
+    choice = jnp.where(there, choice, -jnp.inf)
     if groups is not None:
         choice = _in_kept_groups(choice, numbers, experts, groups)
     ids, weights = [], []
     for _, chosen, here in _best(choice, numbers, k):
         ids.append(chosen)
-        weights.append(jnp.sum(jnp.where(here, scores, 0.0), axis=1))
-    factor = jnp.full(ids[0].shape, scale, jnp.float32)
+        weights.append(jnp.sum(jnp.where(here, scores, 0.0)))
+    factor = scale
     if normalize:
-        factor = factor / (functools.reduce(jnp.add, weights) + 1e-20)
+        factor = factor / (functools.reduce(operator.add, weights) + 1e-20)
+    valid = valid_ref[row]
     for i in range(k):
-        at = jnp.full((rows,), i, jnp.int32)
-        plgpu.store(ids_ref.at[row, at], ids[i], mask=live)
-        plgpu.store(weights_ref.at[row, at], weights[i] * factor, mask=live)
+        ids_ref[row, i] = jnp.where(valid, ids[i], -1)
+        weights_ref[row, i] = weights[i] * factor
 
 
 def route(
@@ -163,6 +188,7 @@ def route(
     stack: jax.Array,
     layer: jax.Array,
     bias: jax.Array | None,
+    valid: jax.Array,
     *,
     k: int,
     scoring: Literal["softmax", "sigmoid"],
@@ -174,22 +200,14 @@ def route(
     """Rows [T, D] to expert ids i32 [T, k] and weights f32 [T, k], see `model.moe.route`.
 
     stack is f32 [L, D, E], of which layer i32 is taken; bias f32 [E] or None. Without `groups` all
-    experts may be chosen.
+    experts may be chosen. Rows that are not valid, bool [T], get the ids -1.
     """
     t, experts = x.shape[0], stack.shape[-1]
-    if bias is None:
-        bias = jnp.zeros(experts, jnp.float32)
-    if t <= FEW_ROWS or experts > FEW_EXPERTS or groups is not None:
-        operands = (x.astype(jnp.float32) @ layer_weight(stack, layer), bias)
-        rows, warps = 1, 1  # a warp finds the best of a row fast, and there are warps enough
-    else:
-        operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32), bias)
-        rows, warps = ROWS, 4
-
+    logits = _logits(x, stack, layer, interpret=interpret)
+    operands = (logits, valid) if bias is None else (logits, valid, bias)
     return pl.pallas_call(
         functools.partial(
-            _kernel,
-            rows=rows,
+            _choose_kernel,
             columns=max(MIN_BLOCK, 1 << (experts - 1).bit_length()),
             k=k,
             scoring=scoring,
@@ -197,14 +215,15 @@ def route(
             scale=scale,
             groups=groups,
         ),
-        grid=(-(-t // rows),),
+        grid=(t,),
         in_specs=[whole(a.shape) for a in operands],
         out_specs=[whole((t, k))] * 2,
         out_shape=[
             jax.ShapeDtypeStruct((t, k), jnp.int32),
             jax.ShapeDtypeStruct((t, k), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
+        # A warp finds the best of a row fast.
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="route",
     )(*operands)

@@ -28,6 +28,10 @@ from sharding.step import FP8Blocks
 
 log = logging.getLogger("meshserve.engine")
 
+LAYER_UNROLL = 2
+"""Layers of straight code where kernels take them out of their stacks: every turn of the loop
+begins a CUDA graph, and nothing of one layer runs beside the next across its border."""
+
 
 def choose_kernels(
     config: ServerConfig,
@@ -86,7 +90,7 @@ def choose_kernels(
         routing=routing,
         norm=attention,
         dense=attention,
-        unroll=config.layer_unroll or 1,
+        unroll=config.layer_unroll or (LAYER_UNROLL if attention == "pallas" else 1),
     )
     if kernels.dense == "pallas":
         _log_fp8(fp8, refused)

@@ -55,6 +55,12 @@ OVERLAP_OPTIONS = {
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
 """For programs of two micro-batches on NVIDIA GPUs."""
+GRAPH_OPTIONS = {
+    # The shared experts beside the routing, which leaves most of the device idle. By default the
+    # nodes of a CUDA graph follow each other.
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
+"""For decode programs of one NVIDIA GPU: kernels run as soon as what they read is there."""
 SCORE_ROWS = 128
 """Prompt positions that one launch of the scoring program scores."""
 DRAWN_AT_ONCE = 64
@@ -173,8 +179,11 @@ class ProgramFactory:
 
     def options(self, shape: Shape) -> dict[str, Any] | None:
         """What XLA is told for a forward program beside what it is told for all; None: nothing."""
-        platform = self.mesh.devices.flat[0].platform
-        return OVERLAP_OPTIONS if shape.cut and platform in ("cuda", "gpu") else None
+        if self.mesh.devices.flat[0].platform not in ("cuda", "gpu"):
+            return None
+        if shape.cut:
+            return OVERLAP_OPTIONS
+        return GRAPH_OPTIONS if self.mesh.size == 1 and not shape.prefill_rows else None
 
     def greedy(self, rows: int) -> Any:
         """(logits, numbers, last tokens*) -> (packed tokens, last tokens)."""

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
-from model.layers import rms_norm
+from model.layers import add_and_norm, rms_norm
 from model.moe import route, routing_groups
 from model.ops import dense, matrices, norm, routing
 from model.ops.dense import StackedWeight, matmul, matmul_parts
@@ -78,19 +78,27 @@ def no_nan(kv):
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(
     ("heads", "page_size", "kv_dtype"),
-    [(16, 16, "float32"), (3, 64, "float32"), (40, 16, "float32"), (16, 32, "float8_e4m3fn")],
+    [
+        (16, 16, "float32"),
+        (3, 64, "float32"),
+        (40, 16, "float32"),
+        (128, 32, "float32"),
+        (128, 16, "bfloat16"),
+        (16, 32, "float8_e4m3fn"),
+    ],
 )
 def test_decode_attention_equals_its_twin(rng, heads, page_size, kv_dtype, splits):
     lengths = [1, 16, 17, 0, 129, 300]
     kv, tables = pool_and_tables(rng, lengths, page_size, 20, kv_dtype)
-    q_latent = jnp.asarray(rng.standard_normal((len(lengths), heads, LATENT)), jnp.float32)
-    q_rope = jnp.asarray(rng.standard_normal((len(lengths), heads, ROPE)), jnp.float32)
+    dtype, bound = (jnp.bfloat16, 0.05) if kv_dtype == "bfloat16" else (jnp.float32, 3e-5)
+    q_latent = jnp.asarray(rng.standard_normal((len(lengths), heads, LATENT)), dtype)
+    q_rope = jnp.asarray(rng.standard_normal((len(lengths), heads, ROPE)), dtype)
     args = (jnp.int32(1), tables, jnp.array(lengths))
     want = decode_attention(q_latent, q_rope, no_nan(kv), *args, scale=SCALE)
     got = decode.decode_attention(
         q_latent, q_rope, kv, *args, scale=SCALE, interpret=True, splits=splits
     )
-    np.testing.assert_allclose(got, want, atol=3e-5)
+    np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, want)), atol=bound)
     assert (np.asarray(got[3]) == 0).all()
 
 
@@ -270,7 +278,7 @@ def test_a_token_is_computed_alike_beside_others(rng):
 
 
 @pytest.mark.parametrize("most_counts", [1 << 15, 1])  # the kernel adds blocks up, or XLA does
-@pytest.mark.parametrize("pairs", [1, 128, 500, 5000])
+@pytest.mark.parametrize("pairs", [1, 128, 500, 1100, 5000])
 def test_pairs_are_sorted_stably_without_absent_ones(rng, pairs, most_counts, monkeypatch):
     monkeypatch.setattr(grouped_mlp_kernels, "MOST_COUNTS", most_counts)
     ids = rng.integers(-1, 5, pairs).astype(np.int32)
@@ -379,18 +387,13 @@ def test_products_with_two_weights_in_one_kernel_equal_each(rng):
         np.testing.assert_allclose(parts.sum(axis=0), matmul(x, weight, 1, KERNELS), atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [None, 3])
-def test_products_of_every_head_equal_an_einsum(rng, parts):
-    stack = jnp.asarray(rng.standard_normal((2, 3, 64, 48)), jnp.float32)
-    lead = () if parts is None else (parts,)
-    x = jnp.asarray(rng.standard_normal((*lead, 37, 3, 64)), jnp.float32)
-    sums, summed = None, x
-    if parts is not None:
-        sums = tuple(jnp.asarray(rng.random((parts, 37, 3)) * 9, jnp.float32) for _ in range(2))
-        decay = jnp.exp2(sums[0])
-        summed = (x * decay[..., None]).sum(axis=0) / (sums[1] * decay).sum(axis=0)[..., None]
-    got = per_head(x, stack, jnp.int32(1), sums, interpret=True)
-    np.testing.assert_allclose(got, jnp.einsum("bhk,hkn->bhn", summed, stack[1]), atol=1e-4)
+@pytest.mark.parametrize(("depth", "columns"), [(64, 48), (16, 128), (256, 48)])
+def test_products_of_every_head_equal_an_einsum(rng, depth, columns):
+    stack = jnp.asarray(rng.standard_normal((2, 3, depth, columns)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((37, 3, depth + 8)), jnp.float32)
+    got = per_head(x, stack, jnp.int32(1), interpret=True)
+    want = jnp.einsum("bhk,hkn->bhn", x[..., :depth], stack[1], precision="highest")
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "width", "many"), [(1, 64, 9), (11, 48, 9)])
@@ -400,6 +403,22 @@ def test_norm_by_stacked_weights_equals_its_definition(rng, rows, width, many, m
     stack = jnp.asarray(rng.standard_normal((3, width)), jnp.float32)
     got = norm.rms_norm(x, stack, jnp.int32(1), 1e-6, interpret=True)
     np.testing.assert_allclose(got, rms_norm(x, stack[1], 1e-6), atol=1e-5)
+
+
+@pytest.mark.parametrize(("parts", "scale"), [(1, 1.0), (3, 0.3)])
+@pytest.mark.parametrize(("rows", "many"), [(1, 1000), (10, 8)])
+def test_residual_and_norm_equal_their_definition(rng, rows, many, parts, scale, monkeypatch):
+    monkeypatch.setattr(norm, "MANY_ROWS", many)
+    width = 96
+    # Sums without rounding, in whatever order, so that both round alike to bfloat16.
+    x = jnp.asarray(rng.integers(-40, 40, (rows, width)) / 8, jnp.bfloat16)
+    y = jnp.asarray(rng.integers(-9, 9, (parts, rows, width)), jnp.float32)
+    weight = StackedWeight(stack=jnp.asarray(rng.random((3, width)), x.dtype), layer=jnp.int32(1))
+    want_x, want = add_and_norm(x, y, weight, 1e-6, XLA, scale=scale)
+    got_x, got = add_and_norm(x, y, weight, 1e-6, KERNELS, scale=scale)
+    assert (got_x.dtype, got.dtype) == (x.dtype, x.dtype)
+    np.testing.assert_array_equal(*(a.astype(jnp.float32) for a in (got_x, want_x)))
+    np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, want)), rtol=0.02)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -437,16 +456,16 @@ def test_inputs_of_attention_equal_their_definition(rng, parts, heads, kv_dtype,
     np.testing.assert_array_equal(*(a.astype(jnp.float32) for a in (got_kv, want)))
 
 
-@pytest.mark.parametrize("few", [0, 21])  # the kernel computes the logits, or XLA does
+@pytest.mark.parametrize("rows", [1, 21, 150])
 @pytest.mark.parametrize(
     "name", ["deepseek_v2_lite", "moonlight", "mixtral", "kimi_k2", "deepseek_v2", "deepseek_v3"]
 )  # softmax; sigmoid with bias; normalised; experts that are no power of two; two kinds of groups
-def test_routing_equals_its_twin(rng, name, few, monkeypatch):
-    monkeypatch.setattr(routing, "FEW_ROWS", few)
+def test_routing_equals_its_twin(rng, name, rows):
     config = ModelConfig.from_folder(DATA / name)
     width, experts = 7 * 64, config.num_experts
     assert routing_unsupported(width) is None
-    x = jnp.asarray(rng.standard_normal((21, width)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+    valid = jnp.asarray(rng.random(rows) < 0.8)
     stack = jnp.asarray(rng.standard_normal((3, width, experts)) / 12, jnp.float32)
     bias = jnp.asarray(rng.uniform(-1.5, -0.5, experts), jnp.float32)
     bias = bias if config.router_bias else None
@@ -455,6 +474,7 @@ def test_routing_equals_its_twin(rng, name, few, monkeypatch):
         stack,
         jnp.int32(1),
         bias,
+        valid,
         k=config.num_experts_per_token,
         scoring=config.scoring,
         normalize=config.normalize_weights,
@@ -463,7 +483,7 @@ def test_routing_equals_its_twin(rng, name, few, monkeypatch):
         interpret=True,
     )
     ids, weights = route(jnp.dot(x, stack[1], precision="highest"), bias, config)
-    np.testing.assert_array_equal(got[0], ids)
+    np.testing.assert_array_equal(got[0], jnp.where(valid[:, None], ids, -1))
     np.testing.assert_allclose(got[1], weights, rtol=1e-4)
 
 
@@ -581,17 +601,18 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
         *(array(64, 2048), array(26, 2048, 16, 192), array(26, 2048, 576), layer),
     )
     assert "triton" in text
-    for tokens in (64, routing.FEW_ROWS + 1):
+    for tokens in (64, 8448):
         text = lowered_for_cuda(
             lambda x, w, i: norm.rms_norm(x, w, i, 1e-6),
             *(array(tokens, 2048), array(26, 2048), layer),
         )
         assert "rms_norm" in text
         text = lowered_for_cuda(
-            lambda x, w, i: routing.route(
-                x, w, i, None, k=6, scoring="softmax", normalize=True, scale=1.0
+            lambda x, w, i, valid: routing.route(
+                x, w, i, None, valid, k=6, scoring="softmax", normalize=True, scale=1.0
             ),
             *(array(tokens, 2048), array(26, 2048, 64, dtype=jnp.float32), layer),
+            array(tokens, dtype=jnp.bool_),
         )
         assert "triton" in text
     for tokens in (1, 64, 256, 4096):

@@ -59,8 +59,13 @@ def matmul(x: jax.Array, weight: Any, num_in: int, kernels: Kernels) -> jax.Arra
         [T, out...] in x's dtype.
     """
     (parts,) = matmul_parts(x, (weight,), num_in, kernels)
+    return sum_parts(parts, x.dtype)
+
+
+def sum_parts(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The product [T, out...] whose parts `matmul_parts` gave."""
     # Additions in a row fuse with what follows; a reduction is a kernel of its own.
-    return functools.reduce(operator.add, tuple(parts)).astype(x.dtype)
+    return functools.reduce(operator.add, tuple(parts)).astype(dtype)
 
 
 def matmul_parts(

@@ -106,6 +106,8 @@ def matmul_parts(
         and k % (2 * parts * depth) == 0
     ):
         parts *= 2
+    # A program that has a multiprocessor for itself must read further ahead.
+    stages = STAGES if blocks * parts * row_blocks > PROGRAMS // 2 else STAGES + 2
     operands = (x, layers, *weights)
     shapes = [(parts, t, w.shape[2]) for w in weights]
     out = pl.pallas_call(
@@ -116,7 +118,7 @@ def matmul_parts(
         out_shape=[
             jax.ShapeDtypeStruct(shape, x.dtype if parts == 1 else jnp.float32) for shape in shapes
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=8 if rows > 64 else 4, num_stages=STAGES),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if rows > 64 else 4, num_stages=stages),
         interpret=interpret,
         name="dense",
     )(*operands)

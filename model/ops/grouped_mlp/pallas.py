@@ -25,6 +25,8 @@ from model.quantization import BlockFP8
 
 FEW_PAIRS = 4096
 """Up to so many, programs that sort 64 of them are faster than some that sort 128."""
+COUNTED_PAIRS, COUNTED_AT_ONCE = 512, 128
+"""Up to so many, each program that sorts counts all pairs itself, instead of a kernel before it."""
 
 MOST_COUNTS = 1 << 15
 """Of pairs per block and expert, that every program of the sort adds up by itself."""
@@ -157,24 +159,46 @@ def _down_kernel(
         plgpu.store(out_ref.at[places[:, None], at], total, mask=block.live[:, None])
 
 
-def _sort_kernel(ids_ref, blocks_ref, order_ref, *counts_refs, rows: int):
+def _counted(ids_ref, first_pair: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """Pairs of each expert, all and those before `first_pair`, i32 [E] each."""
+    pairs = ids_ref.shape[0]
+
+    def body(i, so_far):
+        counts, before = so_far
+        pair = i * COUNTED_AT_ONCE + lax.broadcasted_iota(jnp.int32, (COUNTED_AT_ONCE,), 0)
+        ids = plgpu.load(ids_ref.at[pair], mask=pair < pairs, other=-1)
+        expert = lax.broadcasted_iota(jnp.int32, (COUNTED_AT_ONCE, experts), 1)
+        there = (ids[:, None] == expert).astype(jnp.int32)
+        earlier = jnp.where((pair < first_pair)[:, None], there, 0)
+        return counts + jnp.sum(there, axis=0), before + jnp.sum(earlier, axis=0)
+
+    nothing = jnp.zeros((experts,), jnp.int32)
+    return lax.fori_loop(0, -(-pairs // COUNTED_AT_ONCE), body, (nothing, nothing))
+
+
+def _sort_kernel(ids_ref, *refs, rows: int, told: bool):
     """The places of a block of pairs: behind all of smaller experts, and of the blocks before.
 
-    `blocks_ref`: every block's pairs per expert [blocks, E], whose sums are the second result; or
-    where this block's pairs of each expert begin [E].
+    `refs`: where this block's pairs of each expert begin [E], if that is `told`; else every block's
+    pairs of each expert [blocks, E], if they are counted; the order; unless told, pairs per expert.
     """
     block, pairs = pl.program_id(0), ids_ref.shape[0]
     pair = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
     ids = plgpu.load(ids_ref.at[pair], mask=pair < pairs, other=-1)
-    if counts_refs:
-        of_blocks = blocks_ref[...]
-        numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
-        counts = jnp.sum(of_blocks, axis=0)
-        before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
-        first = jnp.cumsum(counts) - counts + before  # [E]
-        counts_refs[0][...] = counts
+    if told:
+        first_ref, order_ref = refs
+        first = first_ref[...]
     else:
-        first = blocks_ref[...]
+        *blocks_refs, order_ref, counts_ref = refs
+        if blocks_refs:
+            of_blocks = blocks_refs[0][...]
+            numbers = lax.broadcasted_iota(jnp.int32, of_blocks.shape, 0)
+            counts = jnp.sum(of_blocks, axis=0)
+            before = jnp.sum(jnp.where(numbers < block, of_blocks, 0), axis=0)
+        else:
+            counts, before = _counted(ids_ref, block * rows, counts_ref.shape[0])
+        first = jnp.cumsum(counts) - counts + before  # [E]
+        counts_ref[...] = counts
     mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (rows, first.shape[0]), 1)
     mine = mine.astype(jnp.int32)
     inside = jnp.cumsum(mine, axis=0) - mine
@@ -199,37 +223,51 @@ def sort_pairs(
     pairs = expert_ids.shape[0]
     padded = 1 << (experts - 1).bit_length()
     rows = 64 if pairs <= FEW_PAIRS or padded > 128 else 128
-    ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
-    blocks = len(ids) // rows
-    of_blocks = jnp.sum(
-        ids.reshape(blocks, 1, rows) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
-    )
+    blocks, told = -(-pairs // rows), False
+    operands, specs = [expert_ids], [whole((pairs,))]
     out_shape = [(pairs,), (padded,)]
-    if blocks * padded <= MOST_COUNTS:
-        numbers = jnp.pad(of_blocks, ((0, (1 << (blocks - 1).bit_length()) - blocks), (0, 0)))
-        spec = whole(numbers.shape)
-    else:
-        # By products with triangles, which are exact: a cumulative sum is dozens of kernels.
-        before = jnp.matmul(
-            jnp.tril(jnp.ones((blocks, blocks), jnp.bfloat16), -1),
-            of_blocks.astype(jnp.bfloat16),
-            preferred_element_type=jnp.float32,
-        ).astype(jnp.int32)
-        counts = before[-1] + of_blocks[-1]
-        numbers = before + jnp.tril(jnp.broadcast_to(counts, (padded, padded)), -1).sum(axis=1)
-        spec = pl.BlockSpec((None, padded), lambda i: (i, 0))
-        del out_shape[1]
+    if pairs > COUNTED_PAIRS:
+        ids = jnp.pad(expert_ids, (0, -pairs % rows), constant_values=-1)
+        of_blocks = jnp.sum(
+            ids.reshape(blocks, 1, rows) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
+        )
+        told = blocks * padded > MOST_COUNTS
+        if told:
+            first, counts = _first_places(of_blocks)
+            operands.append(first)
+            specs.append(pl.BlockSpec((None, padded), lambda i: (i, 0)))
+            del out_shape[1]
+        else:
+            all_blocks = 1 << (blocks - 1).bit_length()
+            operands.append(jnp.pad(of_blocks, ((0, all_blocks - blocks), (0, 0))))
+            specs.append(whole(operands[1].shape))
     order, *sums = pl.pallas_call(
-        functools.partial(_sort_kernel, rows=rows),
+        functools.partial(_sort_kernel, rows=rows, told=told),
         grid=(blocks,),
-        in_specs=[pl.BlockSpec((pairs,), lambda i: (0,)), spec],
+        in_specs=specs,
         out_specs=[whole(shape) for shape in out_shape],
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in out_shape],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="sort_pairs",
-    )(expert_ids, numbers)
-    return order, sums[0] if sums else counts
+    )(*operands)
+    return order, counts if told else sums[0]
+
+
+def _first_places(of_blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pairs of each block and expert, i32 [blocks, E], to where they begin; and pairs per expert.
+
+    By products with triangles, which are exact: a cumulative sum is dozens of kernels.
+    """
+    blocks, experts = of_blocks.shape
+    before = jnp.matmul(
+        jnp.tril(jnp.ones((blocks, blocks), jnp.bfloat16), -1),
+        of_blocks.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    ).astype(jnp.int32)
+    counts = before[-1] + of_blocks[-1]
+    smaller = jnp.tril(jnp.broadcast_to(counts, (experts, experts)), -1).sum(axis=1)
+    return before + smaller, counts
 
 
 def grouped_mlp(

@@ -82,14 +82,10 @@ def decode_heads(
     ):
         product = functools.partial(heads.per_head, interpret=kernels.interpret)
         q_latent = product(q_nope, w_uk.stack, w_uk.layer)
-        out, parts = decode.decode_parts(
-            *(q_latent, q_rope, kv, layer, tables, lengths),
-            scale=scale,
-            interpret=kernels.interpret,
+        out = decode_attention(
+            q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
         )
-        if parts is not None and len(out) > heads.MAX_PARTS:
-            out, parts = decode.merged(out, parts).astype(q_nope.dtype), None
-        return product(out, w_uv.stack, w_uv.layer, parts)
+        return product(out, w_uv.stack, w_uv.layer)
     w_uk = w_uk[...]
     q_latent = jnp.einsum("bhn,hnc->bhc", q_nope[..., : w_uk.shape[1]], w_uk)
     out = decode_attention(

@@ -8,7 +8,6 @@ and sums. A second, small step merges the parts.
 from __future__ import annotations
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.mla_attention.heads import part_weights
+from model.ops.kernels import largest_block
 from model.ops.mla_attention.pages import LOG2_E, MIN_BLOCK, Softmax, dot, read_tokens
 
 PROGRAMS = 132
@@ -24,8 +23,9 @@ PROGRAMS = 132
 BLOCK = 64
 """Tokens read at a time."""
 MAX_SPLITS = 32
-MAX_HEADS = 32
-"""Heads of one program: its float32 sums [heads, C] stay in registers."""
+MAX_HEADS, MAX_HEADS_WIDE = 32, 64
+"""Heads of one program; the second number where queries and latents are bfloat16. Its float32 sums
+[heads, C] stay in registers, most of them: the latents are read once for all its heads."""
 
 
 def num_splits(programs: int) -> int:
@@ -34,6 +34,19 @@ def num_splits(programs: int) -> int:
     while splits < MAX_SPLITS and 2 * splits * programs <= PROGRAMS:
         splits *= 2
     return splits
+
+
+def _stages(heads: int, programs: int, kv_itemsize: int) -> int:
+    """How far the reading of a program of so many heads runs ahead of its computing.
+
+    Page ids are read before latents: up to four stages, one block of these is read and used in
+    turn, which costs a third of the bandwidth; with five, the next one is on its way meanwhile.
+    """
+    if heads > MAX_HEADS:  # products of 64 rows take the block from memory and need two of them
+        return 3
+    if programs > PROGRAMS:  # several on a multiprocessor read beside each other
+        return 2
+    return 5 if kv_itemsize > 1 else 3  # float8 lies in memory converted, too: no room for more
 
 
 def _kernel(
@@ -77,6 +90,41 @@ def _kernel(
     total_ref[...] = result.total
 
 
+def _merge_kernel(parts_ref, maximum_ref, total_ref, out_ref):
+    """Some numbers of a head: their parts [P, n], each part's maximum and total [P]."""
+    maximum, total = maximum_ref[...], total_ref[...]
+    decay = jnp.exp2(maximum - jnp.max(maximum))
+    total = jnp.sum(decay * total)
+    weight = decay / jnp.where(total > 0, total, 1.0)
+    out_ref[...] = jnp.sum(parts_ref[...] * weight[:, None], axis=0).astype(out_ref.dtype)
+
+
+def _merged(
+    parts: jax.Array,
+    maximum: jax.Array,
+    total: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """[B, H, C] of f32 parts [P, B, H, C], not normalised, their maxima (base 2) and totals."""
+    p, b, heads, latent = parts.shape
+    rows = b * heads
+    columns = latent if rows >= PROGRAMS else largest_block(latent, 128)
+    of_head = pl.BlockSpec((p, None), lambda i, j: (0, i))
+    out = pl.pallas_call(
+        _merge_kernel,
+        grid=(rows, latent // columns),
+        in_specs=[pl.BlockSpec((p, None, columns), lambda i, j: (0, i, j)), of_head, of_head],
+        out_specs=pl.BlockSpec((None, columns), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, latent), dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="mla_merge",
+    )(parts.reshape(p, rows, latent), maximum.reshape(p, rows), total.reshape(p, rows))
+    return out.reshape(b, heads, latent)
+
+
 def decode_attention(
     q_latent: jax.Array,
     q_rope: jax.Array,
@@ -90,52 +138,17 @@ def decode_attention(
     splits: int | None = None,
 ) -> jax.Array:
     """See `model.ops.mla_attention.decode_attention`; `splits` parts of a context, for tests."""
-    out, parts = decode_parts(
-        *(q_latent, q_rope, kv, layer, tables, lengths),
-        scale=scale,
-        interpret=interpret,
-        splits=splits,
-    )
-    return out if parts is None else merged(out, parts).astype(q_latent.dtype)
-
-
-def merged(out: jax.Array, parts: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The result of `decode_parts` in one, f32 [B, H, C]."""
-    weights = part_weights(list(zip(*parts, strict=True)))
-    return functools.reduce(
-        operator.add, (part * w[..., None] for part, w in zip(out, weights, strict=True))
-    )
-
-
-def decode_parts(
-    q_latent: jax.Array,
-    q_rope: jax.Array,
-    kv: jax.Array,
-    layer: jax.Array,
-    tables: jax.Array,
-    lengths: jax.Array,
-    *,
-    scale: float,
-    interpret: bool = False,
-    splits: int | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """The attention in parts of the context, yet to be merged.
-
-    Returns:
-        f32 [P, B, H, C], not normalised, and the parts' maxima (base 2) and totals, f32 [P, B, H]
-        each; or the result itself and None, if the context is not cut.
-    """
     b, given_heads, latent = q_latent.shape
     heads = MIN_BLOCK
-    while heads < given_heads and heads < MAX_HEADS:
+    wide = q_latent.dtype.itemsize == 2 and kv.dtype.itemsize == 2
+    while heads < given_heads and heads < (MAX_HEADS_WIDE if wide else MAX_HEADS):
         heads *= 2
     padding = ((0, 0), (0, -given_heads % heads), (0, 0))
     q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
     head_blocks = q_latent.shape[1] // heads
     splits = splits or num_splits(b * head_blocks)
+    stages = _stages(heads, b * head_blocks * splits, kv.dtype.itemsize)
     block = BLOCK if q_latent.dtype.itemsize == 2 else MIN_BLOCK
-    # Where there are programs enough, two on a multiprocessor beat one that reads further ahead.
-    stages = 3 if b * head_blocks * splits <= PROGRAMS else 2
 
     def of_sequence(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, heads, width), lambda i, h, s: (i, h, 0))
@@ -154,7 +167,7 @@ def decode_parts(
         out_shape = [
             jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*part, latent), part, part)
         ]
-    parts = pl.pallas_call(
+    out = pl.pallas_call(
         functools.partial(_kernel, block=block, splits=splits, scale=scale),
         grid=(b, head_blocks, splits),
         in_specs=[
@@ -171,7 +184,5 @@ def decode_parts(
         interpret=interpret,
         name="mla_decode",
     )(q_latent, q_rope, kv, tables, lengths, jnp.reshape(layer, (1,)).astype(jnp.int32))
-    if splits == 1:
-        return parts[0][:, :given_heads], None
-    out, maximum, total = (part[:, :, :given_heads] for part in parts)
-    return out, (maximum, total)
+    merged = out[0] if splits == 1 else _merged(*out, q_latent.dtype, interpret=interpret)
+    return merged[:, :given_heads]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from model.config import ModelConfig
@@ -13,7 +15,9 @@ from model.formats.fp8 import fp8_parameters, is_quantized_by_habit
 from model.ops.kernels import Kernels
 from scripts.bench_offline import SHAPES
 from serving.config import ConfigError, ServerConfig, parse_args
-from serving.engine.implementations import choose_kernels
+from serving.engine.buckets import Shape
+from serving.engine.implementations import LAYER_UNROLL, choose_kernels
+from serving.engine.programs import GRAPH_OPTIONS, ProgramFactory
 from sharding.layout import make_layout
 from sharding.step import ModelSpec
 from tests.fixtures import DATA
@@ -47,6 +51,8 @@ def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
     }
     chosen = choose("deepseek_v2_lite")
     assert all(getattr(chosen, name) == "pallas" for name in pallas)
+    assert chosen.unroll == LAYER_UNROLL
+    assert choose("deepseek_v2_lite", layer_unroll=5).unroll == 5
     assert choose("deepseek_v2_lite", platform="cpu") == Kernels()
 
 
@@ -175,3 +181,18 @@ def test_other_engines_names_mean_the_kernels_and_say_so(flag, value):
     config = parse_args([flag, value, "--tp", "1"])
     assert getattr(config, flag[2:].replace("-", "_")) == "pallas"
     assert any(value in warning and "pallas" in warning for warning in config.warnings)
+
+
+def test_cuda_graphs_of_decode_programs_run_side_by_side_on_one_gpu():
+    def options(platform, devices, shape):
+        factory = object.__new__(ProgramFactory)
+        device = SimpleNamespace(platform=platform)
+        factory.mesh = SimpleNamespace(devices=np.array([device] * devices), size=devices)
+        return factory.options(shape)
+
+    decode = Shape(decode_rows=64, prefill_rows=0, chunks=0)
+    extend = Shape(decode_rows=64, prefill_rows=128, chunks=4)
+    assert options("cuda", 1, decode) is GRAPH_OPTIONS
+    assert options("cuda", 1, extend) is None
+    assert options("cuda", 2, decode) is None
+    assert options("cpu", 1, decode) is None
