@@ -162,7 +162,7 @@ def sizes_for(num_prompts: int, num_slices: int) -> dict[str, int]:
     rows: each device may compute those of all, padding too, and prompts may as well be cut."""
     return {
         "decode_rows": max(2, -(-num_prompts // num_slices)),
-        "prefill_rows": 112 if num_slices == 1 else 40,
+        "prefill_rows": 112 if num_slices == 1 else 24,
     }
 
 
