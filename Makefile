@@ -16,7 +16,7 @@ serve: $(VENV)/.serve
 	$(BIN)/python scripts/serve.py $(ARGS)
 
 test: $(VENV)/.test check
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,10 @@ from sharding.layout import make_layout
 from sharding.mesh import by_slice, make_mesh
 from sharding.sources import open_source
 from sharding.step import ModelSpec, abstract_array, sharded
+from tests.fixtures import LOGIT_TOLERANCE, Fixture
 
 PAGE_SIZE = 4
-NUM_PAGES = 160
+NUM_PAGES = 200
 TABLE_WIDTH = 56
 KERNELS = Kernels(
     decode_attention="pallas",
@@ -69,7 +72,7 @@ class MeshModel:
         exchange: str = "none",
         *,
         decode_rows: int = 2,
-        prefill_rows: int = 192,
+        prefill_rows: int = 112,
         chunks: int = 3,
         keep_fp8: bool = True,
         kv_dtype: str = "float32",
@@ -85,16 +88,20 @@ class MeshModel:
         self.spec = ModelSpec(self.config, jnp.dtype(jnp.float32), self.layout, source.fp8)
         self.weights = source.load(self.spec, self.mesh)
         self.sizes = (decode_rows, prefill_rows, chunks)
-        d = self.layout.num_slices
         pool, pool_spec = self.spec.pool_shape(NUM_PAGES, PAGE_SIZE), self.spec.pool_spec
         self.sharding = by_slice(self.mesh, self.layout)
         self.kv = jax.device_put(jnp.zeros(pool, kv_dtype), NamedSharding(self.mesh, pool_spec))
-        comm = MeshComm(
+        self.comm = MeshComm(
             self.layout, exchange, fp8_dispatch=fp8_dispatch, deterministic=deterministic
         )
+        self.kernels, self.cut = kernels, cut
 
-        batch = self._pack([SliceRows() for _ in range(d)])
+    @functools.cached_property
+    def program(self) -> jax.stages.Compiled:
+        """Compiled when it is first needed: some tests look at weights alone."""
+        batch = self._pack([SliceRows() for _ in range(self.layout.num_slices)])
         shapes = ForwardBatch(*(a.shape[1:] for a in batch))
+        num_rows = sum(self.sizes[:2])
 
         def forward(weights, kv, used):
             # Empty arrays are made here: XLA of jaxlib 0.11.2 crashes on sharded empty arguments.
@@ -102,11 +109,12 @@ class MeshModel:
             one = ForwardBatch(
                 *(next(given)[0] if 0 not in s else jnp.zeros(s, jnp.int32) for s in shapes)
             )
-            rows = jnp.arange(decode_rows + prefill_rows)
-            logits, kv, counts = self.spec.merge(weights)(kv[0], one, comm, rows, kernels, cut)
+            rows = jnp.arange(num_rows)
+            model = self.spec.merge(weights)
+            logits, kv, counts = model(kv[0], one, self.comm, rows, self.kernels, self.cut)
             return logits[None], kv[None], counts[None]
 
-        spec = PartitionSpec(self.layout.attn_dp)
+        spec, pool_spec = PartitionSpec(self.layout.attn_dp), self.spec.pool_spec
         step = sharded(
             forward,
             self.mesh,
@@ -114,9 +122,9 @@ class MeshModel:
             (spec, pool_spec, spec),
             donate=(1,),
         )
-        self.program = step.lower(
+        return step.lower(
             [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params],
-            abstract_array(pool, kv_dtype, self.mesh, pool_spec),
+            abstract_array(self.kv.shape, self.kv.dtype, self.mesh, pool_spec),
             [abstract_array(a.shape, a.dtype, self.mesh, spec) for a in batch if a.size],
         ).compile()
 
@@ -163,3 +171,92 @@ class MeshModel:
                 at += len(tokens)
             results.append((logits[s, : len(rows.decode)], parts))
         return results, np.asarray(counts)
+
+
+def sizes_for(num_prompts: int, num_slices: int) -> dict[str, int]:
+    """Rows of a `MeshModel` that `generate`s for so many prompts. Several slices get fewer prefill
+    rows: each device may compute those of all, padding too, and prompts may as well be cut."""
+    return {
+        "decode_rows": max(2, -(-num_prompts // num_slices)),
+        "prefill_rows": 112 if num_slices == 1 else 24,
+    }
+
+
+def generate(
+    model: MeshModel, prompts: Sequence[Sequence[int]], steps: int
+) -> list[tuple[np.ndarray, list[int]]]:
+    """Every prompt's logits [len(prompt), V] and its `steps` greedy tokens.
+
+    Prompt i is on slice i % D; all are decoded together. Expert counts are checked on the way.
+    """
+    d = model.layout.num_slices
+    slices = [range(s, len(prompts), d) for s in range(d)]
+    pages = _scattered_pages([len(p) + steps for p in prompts], slices)
+    k = model.config.num_experts_per_token
+
+    logits = _prefill(model, prompts, slices, pages)
+    tokens = [[int(rows[-1].argmax())] for rows in logits]
+    for step in range(steps - 1):
+        rows = [
+            SliceRows(decode=[(tokens[i][-1], len(prompts[i]) + step, pages[i]) for i in numbers])
+            for numbers in slices
+        ]
+        results, counts = model.step(rows)
+        for numbers, (decoded, _), of_slice in zip(slices, results, counts, strict=True):
+            assert (of_slice.sum(axis=1) == k * len(numbers)).all()
+            for i, row in zip(numbers, decoded, strict=True):
+                tokens[i].append(int(row.argmax()))
+    return list(zip(logits, tokens, strict=True))
+
+
+def _scattered_pages(lengths: Sequence[int], slices: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Pages of each sequence, in no order: a mistake in a page table must show."""
+    pages: list[list[int]] = [[] for _ in lengths]
+    for s, numbers in enumerate(slices):
+        free = list(np.random.default_rng(s).permutation(np.arange(1, NUM_PAGES)))
+        for i in numbers:
+            need = -(-lengths[i] // PAGE_SIZE)
+            assert need <= len(free)
+            pages[i], free = free[:need], free[need:]
+    return pages
+
+
+def _prefill(
+    model: MeshModel,
+    prompts: Sequence[Sequence[int]],
+    slices: Sequence[Sequence[int]],
+    pages: Sequence[Sequence[int]],
+) -> list[np.ndarray]:
+    """Logits of all positions. A slice's prompts follow each other through its rows, cut where
+    these end."""
+    _, room, most_chunks = model.sizes
+    k = model.config.num_experts_per_token
+    parts: list[list[np.ndarray]] = [[] for _ in prompts]
+    done = [0] * len(prompts)
+    while any(n < len(p) for n, p in zip(done, prompts, strict=True)):
+        rows, chosen = [], []
+        for numbers in slices:
+            left, mine = room, SliceRows()
+            chosen.append([i for i in numbers if done[i] < len(prompts[i])][:most_chunks])
+            for i in chosen[-1]:
+                chunk = prompts[i][done[i] : done[i] + left]
+                if chunk:
+                    mine.chunks.append((chunk, done[i], pages[i]))
+                left -= len(chunk)
+            rows.append(mine)
+        results, counts = model.step(rows)
+        for mine, numbers, (_, logits), of_slice in zip(rows, chosen, results, counts, strict=True):
+            assert (of_slice.sum(axis=1) == k * sum(len(c[0]) for c in mine.chunks)).all()
+            for i, part in zip(numbers, logits, strict=False):
+                parts[i].append(part)
+                done[i] += len(part)
+    return [np.concatenate(p) for p in parts]
+
+
+def check_prompts(model: MeshModel, fixture: Fixture, prompts: Sequence[dict[str, Any]]) -> None:
+    """The reference's logits at every prompt position, and its greedy tokens."""
+    found = generate(model, [p["prompt"] for p in prompts], len(prompts[0]["tokens"]))
+    for p, (logits, tokens) in zip(prompts, found, strict=True):
+        error = np.abs(logits - fixture.logits[p["id"]]).max()
+        assert error < LOGIT_TOLERANCE, (p["id"], error)
+        assert tokens == p["tokens"], p["id"]

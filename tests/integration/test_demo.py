@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -30,10 +31,17 @@ def test_no_flags_means_dp_attention_on_every_device(url):
     assert info["engine"]["dtype"] == "float32"
 
 
+def at_the_same_time(check, chats):
+    """All chats at once, one a slice: that is how eight devices are meant to be used."""
+    with ThreadPoolExecutor(len(chats)) as pool:
+        list(pool.map(check, chats))
+
+
 def test_chats_answer_as_transformers_does(url):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     name = client.models.list().data[0].id
-    for chat in CHATS:
+
+    def check(chat):
         answer = client.chat.completions.create(
             model=name, messages=chat["messages"], temperature=0, max_tokens=48
         )
@@ -43,10 +51,13 @@ def test_chats_answer_as_transformers_does(url):
         assert answer.usage.prompt_tokens == len(chat["prompt"])
         assert answer.usage.completion_tokens == len(chat["tokens"])
 
+    at_the_same_time(check, CHATS)
+
 
 def test_a_stream_is_the_same_answer_in_pieces(url):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    for chat in CHATS:
+
+    def check(chat):
         stream = client.chat.completions.create(
             model="demo",
             messages=chat["messages"],
@@ -60,6 +71,8 @@ def test_a_stream_is_the_same_answer_in_pieces(url):
         assert "".join(pieces) == chat["answer"]
         assert len(pieces) > 3
         assert chunks[-1].usage.completion_tokens == len(chat["tokens"])
+
+    at_the_same_time(check, [chat for chat in CHATS if len(chat["tokens"]) < 48])
 
 
 def test_the_shipped_weights_are_small():

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from sharding import expert_exchange
-from tests.fixtures import LAYOUTS, LOGIT_TOLERANCE, MLA_FIXTURES, load_fixture
-from tests.harness import MeshModel, SliceRows
+from tests.fixtures import LAYOUTS, MLA_FIXTURES, load_fixture
+from tests.harness import MeshModel, check_prompts, sizes_for
 
 CASES = [((1, 1, 1), "none"), *((w, x) for w in LAYOUTS for x in ("none", "all_to_all"))]
-PAGES_PER_SEQUENCE = 54
-
-
-def _pages(seed: int) -> list[int]:
-    """Scattered pages: a mistake in a page table must show."""
-    return list(np.random.default_rng(seed).permutation(np.arange(1, 160))[:PAGES_PER_SEQUENCE])
 
 
 def _expected_collectives(model: MeshModel, exchange: str) -> set[str]:
@@ -80,30 +73,8 @@ def test_logits_and_greedy_tokens_equal_the_reference(name, layout, exchange, mo
     # Two rounds and more: all these tokens would have room in one.
     monkeypatch.setattr(expert_exchange, "dispatch_rows", lambda tokens, *_: -(-tokens // 2))
     fixture = load_fixture(name)
-    model = MeshModel(fixture.folder, layout, exchange)
+    # One slice has pages for six of the eight prompts.
+    prompts = fixture.prompts[: None if layout[1] > 1 else 6]
+    model = MeshModel(fixture.folder, layout, exchange, **sizes_for(len(prompts), layout[1]))
     _assert_layout_is_real(model, exchange)
-    d = model.layout.num_slices
-    # Two rounds of prompts over the slices, all eight prompts where there are few slices.
-    prompts = fixture.prompts if d > 1 else fixture.prompts[:6]
-    rounds = [prompts[i : i + d] for i in range(0, len(prompts), d)][: 2 if d == 1 else None]
-    for group in rounds:
-        states = [(p, _pages(i), list(p["prompt"])) for i, p in enumerate(group)]
-        slices = [SliceRows(chunks=[(p["prompt"], 0, pages)]) for p, pages, _ in states]
-        slices += [SliceRows() for _ in range(d - len(slices))]
-        results, counts = model.step(slices)
-        for s, (prompt, _, tokens) in enumerate(states):
-            logits = results[s][1][0]
-            error = np.abs(logits - fixture.logits[prompt["id"]]).max()
-            assert error < LOGIT_TOLERANCE, (prompt["id"], error)
-            tokens.append(int(logits[-1].argmax()))
-            per_layer = len(prompt["prompt"]) * model.config.num_experts_per_token
-            assert (counts[s].sum(axis=1) == per_layer).all()
-        while len(states[0][2]) < len(states[0][0]["prompt"]) + 32:
-            results, _ = model.step(
-                [SliceRows(decode=[(t[-1], len(t) - 1, pages)]) for _, pages, t in states]
-                + [SliceRows() for _ in range(d - len(states))]
-            )
-            for (_, _, tokens), (decoded, _) in zip(states, results, strict=False):
-                tokens.append(int(decoded[0].argmax()))
-        for prompt, _, tokens in states:
-            assert tokens[len(prompt["prompt"]) :] == prompt["tokens"], prompt["id"]
+    check_prompts(model, fixture, prompts)

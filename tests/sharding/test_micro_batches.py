@@ -102,7 +102,11 @@ def test_ordinary_attention_and_kernels_in_two_batches(name, kernels, tolerance)
     fixture = load_fixture(name)
     short, middle, long = sorted(fixture.prompts, key=lambda p: len(p["prompt"]))[-3:]
     prompts = [long, short, middle]
-    want, want_counts = steps(MeshModel(fixture.folder, (2, 2, 2)), prompts)
-    got, counts = steps(MeshModel(fixture.folder, (2, 2, 2), kernels=kernels, cut=71), prompts)
+    options = {"kernels": kernels, "cut": 71}
+    whole, cut = (
+        MeshModel(fixture.folder, (2, 2, 2), prefill_rows=192, **more) for more in ({}, options)
+    )
+    want, want_counts = steps(whole, prompts)
+    got, counts = steps(cut, prompts)
     np.testing.assert_array_equal(counts, want_counts)
     np.testing.assert_allclose(got, want, atol=tolerance)

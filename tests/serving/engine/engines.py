@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
 from serving.config import ServerConfig
 from serving.engine.engine import Engine, make_engine
+from serving.engine.programs import ProgramFactory
+from serving.engine.runner import ModelRunner
 from serving.request import Request, SamplingParams
 from tests.fixtures import DATA
 
@@ -27,6 +34,26 @@ def fixture_engine(name="deepseek_v3", *, tp=1, dp=1, ep=1, exchange="none", **f
             **settings,
         )
     )
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Engines made here load their weights and make their state, and cannot run: for tests of
+    sizes and logs, since programs take most of the time that an engine needs to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgramFactory, "compile_all", lambda *_, **__: None)
+        patch.setattr(ModelRunner, "_warm_up", lambda _: None)
+        yield
+
+
+@contextlib.contextmanager
+def optimised() -> Iterator[None]:
+    """Forward programs of engines made here run three times as fast as conftest.py lets XLA make
+    them, and take longer to compile: for tests that run many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        level = {"xla_backend_optimization_level": 2}
+        patch.setattr(ProgramFactory, "options", lambda *_: level)
+        yield
 
 
 def request(rid, prompt, max_tokens=32, **sampling):

@@ -8,7 +8,7 @@ import pytest
 from serving.engine.engine import CompileCounter
 from tests.fixtures import GQA_FIXTURES, load_fixture
 from tests.harness import MeshModel, SliceRows
-from tests.serving.engine.engines import finish, fixture_engine, request
+from tests.serving.engine.engines import finish, fixture_engine, request, uncompiled
 
 PAGES = list(range(1, 55))
 
@@ -37,7 +37,8 @@ def test_ordinary_attention_on_the_mesh(name, caplog):
         engine = fixture_engine(name, tp=4, dp=2)
     assert "DP attention gains little" in caplog.text
     assert "2 of them" in caplog.text
-    whole = fixture_engine(name, tp=1).runner
+    with uncompiled():
+        whole = fixture_engine(name, tp=1).runner
     assert engine.runner.page_bytes * 2 == whole.page_bytes  # KV heads are cut over 2 devices
     prompts = load_fixture(name).prompts
     tokens = finish(engine, [request(p["id"], p["prompt"]) for p in prompts])
@@ -45,7 +46,7 @@ def test_ordinary_attention_on_the_mesh(name, caplog):
 
 
 def test_no_warning_where_dp_attention_gains(caplog):
-    with caplog.at_level("WARNING", "meshserve.engine"):
+    with uncompiled(), caplog.at_level("WARNING", "meshserve.engine"):
         fixture_engine(tp=2, dp=2)
         fixture_engine("llama", tp=2)
     assert "DP attention" not in caplog.text
@@ -123,21 +124,21 @@ def test_padding_changes_neither_logits_nor_expert_counts():
 
 def test_eight_slices_hold_eight_times_the_tokens():
     """Equal bytes a device: dp 8 holds 8 times what tp 8 holds, in live requests."""
-    prompt = load_fixture("deepseek_v3").prompts[6]["prompt"]
+    prompt = load_fixture("deepseek_v3").prompts[3]["prompt"]
     live = {}
     for dp in (1, 8):
         engine = fixture_engine(
             tp=8,
             dp=dp,
             ep=8,
-            max_total_tokens=800,
+            max_total_tokens=200,
             decode_buckets=(8,),
-            extend_buckets=(192,),
+            extend_buckets=(48,),
             disable_radix_cache=True,
         )
         kv = engine.runner.kv_bytes_per_device()
-        assert kv == 201 * engine.runner.page_bytes
-        for i in range(40):
+        assert kv == 51 * engine.runner.page_bytes
+        for i in range(8 * dp):  # more than have room at a time
             engine.add(request(str(i), prompt, max_tokens=16))
         most = 0
         while engine.has_work:
@@ -146,4 +147,5 @@ def test_eight_slices_hold_eight_times_the_tokens():
             most = max(most, sum(load.running for load in loads))
         live[dp] = (kv, most)
     assert live[1][0] == live[8][0]
-    assert live[8][1] == 8 * live[1][1] > 0
+    assert 8 > live[1][1] > 0
+    assert live[8][1] == 8 * live[1][1]

@@ -26,6 +26,7 @@ from sharding.sources import open_source
 from sharding.step import ModelSpec
 from tests.fixtures import DATA
 from tests.integration.server import command, environment
+from tests.serving.engine.engines import uncompiled
 
 GIB = 1 << 30
 POOL = 1_000_000
@@ -62,16 +63,16 @@ def test_weights_and_pages_are_those_of_the_engine(name, layout, kv, monkeypatch
     flags = {"page_size": 4, "decode_buckets": (4,), "extend_buckets": (16,), "kv_cache_dtype": kv}
     found = estimated(name, layout, **flags)
     tp, dp, ep = layout
-    runner = make_engine(
-        ServerConfig(
-            model_path=str(DATA / name),
-            load_format="dummy",
-            tp_size=tp,
-            dp_size=dp,
-            ep_size=ep,
-            **flags,
-        )
-    ).runner
+    config = ServerConfig(
+        model_path=str(DATA / name),
+        load_format="dummy",
+        tp_size=tp,
+        dp_size=dp,
+        ep_size=ep,
+        **flags,
+    )
+    with uncompiled():
+        runner = make_engine(config).runner
     first = jax.devices()[0]
     held = [s.data for w in runner.weights for s in w.addressable_shards if s.device == first]
     assert len(held) == len(runner.weights)
@@ -226,16 +227,15 @@ def test_every_gpu_of_a_machine_with_one_has_nobody_to_exchange_with(monkeypatch
 
 
 def test_a_launch_logs_the_estimate_before_loading(caplog):
-    with caplog.at_level("INFO", "meshserve.engine"):
-        make_engine(
-            ServerConfig(
-                model_path=str(DATA / "deepseek_v2_lite"),
-                load_format="dummy",
-                max_total_tokens=64,
-                decode_buckets=(1,),
-                extend_buckets=(16,),
-            )
-        )
+    config = ServerConfig(
+        model_path=str(DATA / "deepseek_v2_lite"),
+        load_format="dummy",
+        max_total_tokens=64,
+        decode_buckets=(1,),
+        extend_buckets=(16,),
+    )
+    with uncompiled(), caplog.at_level("INFO", "meshserve.engine"):
+        make_engine(config)
     messages = [record.getMessage() for record in caplog.records]
     (at,) = [
         i for i, m in enumerate(messages) if "KV cache      64 tokens in each of 1 slices" in m

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from serving.request import Request
-from tests.serving.engine.engines import fixture_engine, request
+from tests.serving.engine.engines import fixture_engine, optimised, request
 
 MARGIN = 1e-3
 """Where the reference's two best tokens are closer, another order of sums may swap them."""
@@ -63,12 +63,14 @@ def run(engine, requests):
 
 @pytest.fixture(scope="module")
 def reference():
-    return run(fixture_engine(**SETTINGS), make_requests(logprobs=2))
+    with optimised():
+        return run(fixture_engine(**SETTINGS), make_requests(logprobs=2))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_tokens(case, reference):
-    engine = fixture_engine(**{**SETTINGS, **CASES[case]})
+    with optimised():
+        engine = fixture_engine(**{**SETTINGS, **CASES[case]})
     answers = run(engine, make_requests())
     if "tiny pool" in case:
         assert engine.scheduler.num_retracted > 0

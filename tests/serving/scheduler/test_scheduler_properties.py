@@ -1,4 +1,7 @@
-"""Random schedules against the fake runner: whatever arrives and leaves, nothing is lost."""
+"""Random schedules against the fake runner: whatever arrives and leaves, nothing is lost.
+
+`long_run` plays many more.
+"""
 
 from __future__ import annotations
 
@@ -99,13 +102,13 @@ def play(harness: Harness, events: list[tuple[str, int, int, int, int]]) -> None
     harness.scheduler.check_integrity()
 
 
-@settings(max_examples=1600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
 @given(sizes=SIZES, events=EVENTS)
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(sizes, events):
     play(Harness(**sizes), events)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     num_slices=st.integers(1, 3),
     page_size=st.integers(1, 3),
