@@ -40,11 +40,7 @@ class Router(nnx.Module):
         c = self.config
         bias = self.bias[...] if c.router_bias else None
         if kernels.routing == "xla":
-            # GPUs would multiply float32 in fewer bits, and choose other experts.
-            logits = jnp.matmul(
-                x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST
-            )
-            ids, weights = route(logits, bias, c)
+            ids, weights = route(x.astype(jnp.float32) @ self.weight[...], bias, c)
             return jnp.where(valid[:, None], ids, -1), weights
         if reason := routing.unsupported(c.hidden_size):
             raise ValueError(f"The routing kernel cannot route this model: {reason}.")
