@@ -492,7 +492,7 @@ def test_groups_of_experts_that_are_equally_good_are_kept_in_order():
     config = ModelConfig.from_folder(DATA / "deepseek_v3")
     x, stack = jnp.zeros((3, 64)), jnp.zeros((1, 64, config.num_experts))
     got, _ = routing.route(
-        *(x, stack, jnp.int32(0), None),
+        *(x, stack, jnp.int32(0), None, jnp.ones(3, bool)),
         k=config.num_experts_per_token,
         scoring="sigmoid",
         normalize=True,
@@ -656,12 +656,13 @@ def test_kernels_of_deepseek_v3_in_fp8_lower_for_cuda():
         )
         assert "experts_down" in text
         text = lowered_for_cuda(
-            lambda x, w, i, b: routing.route(
-                *(x, w, i, b),
+            lambda x, w, i, b, valid: routing.route(
+                *(x, w, i, b, valid),
                 **{"k": 8, "scoring": "sigmoid", "normalize": True, "scale": 2.5},
                 groups=routing.Groups(8, 4, 2),
             ),
             *(rows[0], array((3, 7168, 256), f32), layer, array((256,), f32)),
+            array((tokens,), bool),
         )
         assert "route" in text
     for rows in (64, 300):
