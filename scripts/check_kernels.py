@@ -336,7 +336,12 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--only", default="", help="cases whose names have this")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=[""],
+        help="cases whose names have one of these, as decode,routing",
+    )
     parser.add_argument("--seed", type=int, help="default: a new one each time, printed")
     args = parser.parse_args(argv)
     device = jax.devices()[0]
@@ -352,9 +357,9 @@ def main(argv: list[str]) -> int:
     seed = int(time.time()) if args.seed is None else args.seed
     on_hopper = getattr(device, "compute_capability", None) == HOPPER
     hopper.LEAST_LOAD = 0
-    chosen = [case for case in cases(on_hopper, seed) if args.only in case[0]]
+    chosen = [case for case in cases(on_hopper, seed) if any(part in case[0] for part in args.only)]
     rows: list[Row] = []
-    with ThreadPoolExecutor(8) as pool:  # most of the time goes into compiling
+    with ThreadPoolExecutor(4) as pool:  # most of the time goes into compiling
         for row in pool.map(compared, chosen):
             say(f"  {row}")
             rows.append(row)
