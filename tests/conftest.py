@@ -31,16 +31,35 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 SLOWEST = (
     "sharding/test_mesh_equals_reference.py",
+    "model/test_kernels.py",
+    "integration/test_serve.py",
     "serving/engine/test_identical.py",
     "sharding/test_architectures.py",
-    "sharding/test_fp8.py",
     "serving/engine/test_engine_mesh.py",
-    "sharding/test_determinism.py",
     "serving/engine/test_two_batches.py",
+    "sharding/test_determinism.py",
+    "sharding/test_micro_batches.py",
+    "sharding/test_fp8.py",
+    "serving/engine/test_engine.py",
+    "serving/engine/test_deterministic.py",
+    "scripts/test_bench_parallel.py",
+    "serving/engine/test_estimate.py",
+    "model/test_reference.py",
+    "sharding/test_expert_exchange.py",
     "integration/test_demo.py",
+    "serving/engine/test_precision.py",
+    "integration/test_openai_client.py",
     "scripts/test_train.py",
+    "serving/test_start_errors.py",
+    "serving/engine/test_runner.py",
+    "sharding/test_loading.py",
+    "sharding/test_kernels_on_mesh.py",
+    "serving/engine/test_engine_continuation.py",
+    "router/test_worth_of_policies.py",
+    "sharding/test_orbax.py",
+    "serving/scheduler/test_scheduler_properties.py",
 )
-"""Files that take longest on two cores, with an empty cache, in that order."""
+"""Files that take ten seconds of a processor and more, with an empty cache, longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,16 +35,23 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_server(*flags: str) -> Iterator[str]:
-    """Start a server on a free port, yield its URL, stop it with SIGTERM: it must exit 0."""
+def running_server(*flags: str, optimised: bool = False) -> Iterator[str]:
+    """Start a server on a free port, yield its URL, stop it with SIGTERM: it must exit 0.
+
+    Optimised programs take longer to compile than those that conftest.py asks for, and run three
+    times as fast: for the demo model, which is not tiny.
+    """
     port = free_port()
+    env = environment()
+    if optimised:
+        env["XLA_FLAGS"] += " --xla_backend_optimization_level=2"  # the last one counts
     process = subprocess.Popen(
         command(
             *("--device", "cpu", "--port", str(port)),
             *("--compilation-cache-dir", default_compilation_cache_dir() + "-tests"),
             *flags,
         ),
-        env=environment(),
+        env=env,
         cwd="/",
     )
     url = f"http://127.0.0.1:{port}"

@@ -21,7 +21,7 @@ CHATS = json.loads((DATA / "demo_expected.json").read_text(encoding="utf-8"))["c
 @pytest.fixture(scope="module")
 def url():
     """No flags about model or layout: what `make serve` runs, on eight emulated devices."""
-    with running_server("--max-total-tokens", "4096") as url:
+    with running_server("--max-total-tokens", "4096", optimised=True) as url:
         yield url
 
 

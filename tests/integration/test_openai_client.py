@@ -43,6 +43,7 @@ def url():
     with running_server(
         *("--tp", "1", "--max-total-tokens", str(TOTAL_TOKENS)),
         *("--decode-buckets", "1,32", "--extend-buckets", "256"),
+        optimised=True,
     ) as url:
         yield url
 

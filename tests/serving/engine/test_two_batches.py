@@ -197,7 +197,7 @@ def test_the_pool_is_updated_in_place():
         assert memory.alias_size_in_bytes >= pool
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_random_steps():
     """On more layouts, 1,000 of them: `python -m tests.serving.engine.random_steps 1000`."""
     happened = play((8, 4, 8), "all_to_all", steps=30, seed=1)
