@@ -32,6 +32,7 @@ from model.ops.mla_attention import (
     decode_heads,
     extend,
     extend_attention,
+    hopper,
 )
 from model.ops.mla_attention.heads import per_head
 from model.ops.mla_attention.inputs import finish_inputs
@@ -190,6 +191,7 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
     ],
 )
 def test_extend_attention_on_hopper_equals_its_twin(rng, rows, chunks, shared, before, monkeypatch):
+    monkeypatch.setattr(hopper, "LEAST_ROWS", 0)
     monkeypatch.setattr(extend, "MIN_PIECE", 64)  # prefixes take several pieces
     monkeypatch.setattr(extend, "MAX_PIECE", 128)
     arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, 2, shared, (64, 64, 128, 64))
@@ -205,7 +207,8 @@ def test_extend_attention_on_hopper_equals_its_twin(rng, rows, chunks, shared, b
 
 
 @needs_interpreter
-def test_extend_attention_on_hopper_in_two_parts_is_that_of_all_rows(rng):
+def test_extend_attention_on_hopper_in_two_parts_is_that_of_all_rows(rng, monkeypatch):
+    monkeypatch.setattr(hopper, "LEAST_ROWS", 0)
     rows, cut = 150, 70
     chunks = [(30, 100), (130, 40)]
     arrays, kv, numbers, prefixes = extend_inputs(rng, rows, chunks, 1, (), (64, 64, 64, 64))

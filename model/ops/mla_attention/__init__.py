@@ -140,12 +140,14 @@ def extend_attention(
             scale=scale,
         )
         return jnp.pad(out, ((before, 0), (0, 0), (0, 0)))
+    on_hopper = kernels.extend_attention == "hopper"
+    on_hopper &= rows.stop - rows.start >= hopper.LEAST_ROWS
     return extend.extend_attention(
         *(q_nope, q_rope, w_uk, w_uv, entries, kv, layer, *chunks),
         prefixes if kernels.prefixes else None,
         rows=rows,
         num_rows=num_rows,
         scale=scale,
-        kernel=hopper.attend if kernels.extend_attention == "hopper" else extend.attend,
+        kernel=hopper.attend if on_hopper else extend.attend,
         interpret=kernels.interpret,
     )

@@ -143,8 +143,9 @@ def decode_attention(
     wide = q_latent.dtype.itemsize == 2 and kv.dtype.itemsize == 2
     while heads < given_heads and heads < (MAX_HEADS_WIDE if wide else MAX_HEADS):
         heads *= 2
-    padding = ((0, 0), (0, -given_heads % heads), (0, 0))
-    q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
+    if more := -given_heads % heads:  # XLA copies what is padded by nothing
+        padding = ((0, 0), (0, more), (0, 0))
+        q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
     head_blocks = q_latent.shape[1] // heads
     splits = splits or num_splits(b * head_blocks)
     stages = _stages(heads, b * head_blocks * splits, kv.dtype.itemsize)

@@ -33,6 +33,9 @@ MAX_WIDTH = 128
 """Numbers of a key without rope, or of a value: more do not fit into registers."""
 ALIGNMENT = 8
 """Rows of a tile: copies begin at a multiple of it."""
+LEAST_ROWS = 1024
+"""Rows that prefill, from which it is taken. With fewer it gains little (docs/performance.md), and a
+program has up to five kernels of it to compile, seconds each."""
 LESS, MORE = 24, 240
 """Registers of a thread that copies, and of one that computes."""
 
@@ -424,4 +427,6 @@ def attend(
 
 def _whole_tiles(a: jax.Array) -> jax.Array:
     """The array with rows of zeros behind, if need be: a multiple of ALIGNMENT in all."""
+    if len(a) % ALIGNMENT == 0:
+        return a  # XLA copies what is padded by nothing
     return jnp.pad(a, ((0, -len(a) % ALIGNMENT), *[(0, 0)] * (a.ndim - 1)))
