@@ -179,7 +179,8 @@ def _choose_kernel(
         factor = factor / (functools.reduce(operator.add, weights) + 1e-20)
     valid = valid_ref[row]
     for i in range(k):
-        ids_ref[row, i] = jnp.where(valid, ids[i], -1)
+        # Where no logit is a number none is the largest: such a row goes to no expert.
+        ids_ref[row, i] = jnp.where(valid & (ids[i] < experts), ids[i], -1)
         weights_ref[row, i] = weights[i] * factor
 
 
@@ -200,7 +201,8 @@ def route(
     """Rows [T, D] to expert ids i32 [T, k] and weights f32 [T, k], see `model.moe.route`.
 
     stack is f32 [L, D, E], of which layer i32 is taken; bias f32 [E] or None. Without `groups` all
-    experts may be chosen. Rows that are not valid, bool [T], get the ids -1.
+    experts may be chosen. Rows that are not valid, bool [T], or whose
+    logits are NaN, get the ids -1.
     """
     t, experts = x.shape[0], stack.shape[-1]
     logits = _logits(x, stack, layer, interpret=interpret)

@@ -46,10 +46,11 @@ def working_bytes(config: ModelConfig, layout: Layout, buckets: Buckets, itemsiz
     total = rows * per_row * itemsize
     if config.num_experts:
         everywhere = rows * layout.num_slices
-        routed = everywhere * config.num_experts_per_token // layout.size(layout.moe_ep)
+        # Kernels have room for all pairs of tokens and experts, wherever the experts are.
+        routed = everywhere * config.num_experts_per_token
         width = -(-config.moe_intermediate_size // layout.size(layout.moe_tp))
         total += itemsize * (3 * everywhere * config.hidden_size)
-        total += itemsize * routed * (3 * width + config.hidden_size)
+        total += itemsize * routed * (width + config.hidden_size)
     total += 4 * buckets.sampled_rows[0] * config.vocab_size
     width, vocab = config.hidden_size, config.vocab_size
     return total + step_bytes(buckets, vocab=vocab, width=width, itemsize=itemsize)

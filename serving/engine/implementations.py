@@ -67,7 +67,7 @@ def choose_kernels(
             here or _no_experts(model, layout, refused),
         )
     experts: HopperImplementation = routing
-    if experts == "pallas":
+    if experts == "pallas" and config.moe_runner_backend == "auto":
         fp8_experts = any(".experts." in path for path in fp8)
         experts = _experts_kernel(model, layout, capability, dtype, fp8=fp8_experts)
     extend: HopperImplementation = attention
@@ -77,7 +77,7 @@ def choose_kernels(
             "extend attention: xla, because the kernel's bits depend on what is cached, which "
             "--enable-deterministic-inference excludes"
         )
-    elif attention == "pallas":
+    elif attention == "pallas" and config.attention_backend == "auto":
         extend = _extend_kernel(model, capability, dtype)
     if routing == "pallas" and (reason := route_unsupported(model.hidden_size)):
         routing = "xla"

@@ -507,6 +507,21 @@ def test_groups_of_experts_that_are_equally_good_are_kept_in_order():
     np.testing.assert_array_equal(got, want)
 
 
+def test_rows_of_nan_go_to_no_expert(rng):
+    x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32).at[1].set(jnp.nan)
+    stack = jnp.asarray(rng.standard_normal((1, 64, 8)), jnp.float32)
+    ids, _ = routing.route(
+        *(x, stack, jnp.int32(0), None, jnp.ones(3, bool)),
+        k=2,
+        scoring="softmax",
+        normalize=False,
+        scale=1.0,
+        interpret=True,
+    )
+    assert (np.asarray(ids[1]) == -1).all()
+    assert (np.asarray(ids[::2]) >= 0).all()
+
+
 def test_layers_out_of_reach_are_copied(monkeypatch, rng):
     """FP8 between 2 and 4 GiB: the same numbers from a stack of the layer alone."""
     assert [matrices.out_of_reach(n) for n in (2**31, 2**31 + 1, 2**32, 2**32 + 1)] == [

@@ -39,10 +39,11 @@ def grouped_mlp(
     """
     if kernels.grouped_mlp == "xla":
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
+    on_hopper = kernels.grouped_mlp == "hopper"
+    if on_hopper and (isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8)):
+        raise TypeError("the experts' kernels for Hopper take no FP8 weights")
     load = expert_ids.size / (num_experts or w1.shape[1])
-    if kernels.grouped_mlp == "hopper" and load >= hopper.LEAST_LOAD:
-        if isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8):
-            raise TypeError("the experts' kernels for Hopper take no FP8 weights")
+    if on_hopper and load >= hopper.LEAST_LOAD:
         return hopper.grouped_mlp(
             x, expert_ids, weights, w1, w2, layer, interpret=kernels.interpret
         )

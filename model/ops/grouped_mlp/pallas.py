@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from model.ops.grouped_mlp.placing import counted_before
 from model.ops.kernels import largest_block, whole
 from model.ops.matrices import MIN_BLOCK, Matrices, in_reach
 from model.quantization import BlockFP8
@@ -233,8 +234,9 @@ def sort_pairs(
         )
         told = blocks * padded > MOST_COUNTS
         if told:
-            first, counts = _first_places(of_blocks)
-            operands.append(first)
+            before, counts = counted_before(of_blocks)
+            smaller = jnp.tril(jnp.broadcast_to(counts, (padded, padded)), -1).sum(axis=1)
+            operands.append(before + smaller)
             specs.append(pl.BlockSpec((None, padded), lambda i: (i, 0)))
             del out_shape[1]
         else:
@@ -252,22 +254,6 @@ def sort_pairs(
         name="sort_pairs",
     )(*operands)
     return order, counts if told else sums[0]
-
-
-def _first_places(of_blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Pairs of each block and expert, i32 [blocks, E], to where they begin; and pairs per expert.
-
-    By products with triangles, which are exact: a cumulative sum is dozens of kernels.
-    """
-    blocks, experts = of_blocks.shape
-    before = jnp.matmul(
-        jnp.tril(jnp.ones((blocks, blocks), jnp.bfloat16), -1),
-        of_blocks.astype(jnp.bfloat16),
-        preferred_element_type=jnp.float32,
-    ).astype(jnp.int32)
-    counts = before[-1] + of_blocks[-1]
-    smaller = jnp.tril(jnp.broadcast_to(counts, (experts, experts)), -1).sum(axis=1)
-    return before + smaller, counts
 
 
 def grouped_mlp(

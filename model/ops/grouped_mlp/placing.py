@@ -43,16 +43,33 @@ def most_blocks(pairs: int, experts: int, rows: int) -> int:
     return -(-pairs // rows) + min(experts, pairs)
 
 
-def _place_kernel(ids_ref, parts_ref, places_ref, experts_ref, rows_ref, used_ref, *, rows: int):
-    """Places of some pairs, and a part of the table of blocks."""
+def counted_before(of_blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pairs of each block and expert, i32 [blocks, E], to those of all blocks before, i32
+    [blocks, E], and of all blocks, i32 [E].
+
+    By a product with a triangle, which is exact: a cumulative sum is dozens of kernels.
+    """
+    blocks = len(of_blocks)
+    before = jnp.matmul(
+        jnp.tril(jnp.ones((blocks, blocks), jnp.bfloat16), -1),
+        of_blocks.astype(jnp.bfloat16),  # at most 128 pairs of a block
+        preferred_element_type=jnp.float32,
+    ).astype(jnp.int32)
+    return before, before[-1] + of_blocks[-1]
+
+
+def _place_kernel(
+    ids_ref, before_ref, counts_ref, places_ref, experts_ref, rows_ref, used_ref, *, rows: int
+):
+    """Places of some pairs, and a part of the table of blocks.
+
+    `before_ref`: pairs of each expert in the parts before [E]; `counts_ref`: in all of them [E].
+    """
     part = pl.program_id(0)
-    ids, of_parts = ids_ref[...], parts_ref[...]  # [PAIRS], [parts, E]
-    numbers = lax.broadcasted_iota(jnp.int32, of_parts.shape, 0)
-    counts = jnp.sum(of_parts, axis=0)
-    before = jnp.sum(jnp.where(numbers < part, of_parts, 0), axis=0)
+    ids, counts = ids_ref[...], counts_ref[...]
     blocks = (counts + rows - 1) // rows
     ends = jnp.cumsum(blocks)
-    first = (ends - blocks) * rows + before
+    first = (ends - blocks) * rows + before_ref[...]
     mine = ids[:, None] == lax.broadcasted_iota(jnp.int32, (PAIRS, counts.shape[0]), 1)
     mine = mine.astype(jnp.int32)
     inside = jnp.cumsum(mine, axis=0) - mine
@@ -86,13 +103,17 @@ def place(
     of_parts = jnp.sum(
         ids.reshape(parts, 1, PAIRS) == jnp.arange(padded)[:, None], axis=-1, dtype=jnp.int32
     )
-    of_parts = jnp.pad(of_parts, ((0, (1 << (parts - 1).bit_length()) - parts), (0, 0)))
+    before, counts = counted_before(of_parts)
     blocks = most_blocks(pairs, experts, rows)
     some = 1 << (-(-blocks // parts) - 1).bit_length()  # a power of two, as Triton wants
     places, *table = pl.pallas_call(
         functools.partial(_place_kernel, rows=rows),
         grid=(parts,),
-        in_specs=[pl.BlockSpec((PAIRS,), lambda i: (i,)), whole(of_parts.shape)],
+        in_specs=[
+            pl.BlockSpec((PAIRS,), lambda i: (i,)),
+            pl.BlockSpec((None, padded), lambda i: (i, 0)),
+            whole(counts.shape),
+        ],
         out_specs=[*(pl.BlockSpec((n,), lambda i: (i,)) for n in (PAIRS, some, some)), whole((1,))],
         out_shape=[
             jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(ids), parts * some, parts * some, 1)
@@ -100,7 +121,7 @@ def place(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="place_pairs",
-    )(ids, of_parts)
+    )(ids, before, counts)
     return places[:pairs].reshape(expert_ids.shape), Blocks(*table)
 
 

@@ -34,8 +34,8 @@ MAX_WIDTH = 128
 ALIGNMENT = 8
 """Rows of a tile: copies begin at a multiple of it."""
 LEAST_ROWS = 1024
-"""Rows that prefill, from which it is taken. With fewer it gains little (docs/performance.md), and
-a program has up to five kernels of it to compile, seconds each."""
+"""Rows that prefill, from which it is taken: a program has up to five kernels of it to compile,
+seconds each, and with fewer there is little to gain. Where the border lies was not measured."""
 LESS, MORE = 24, 240
 """Registers of a thread that copies, and of one that computes."""
 

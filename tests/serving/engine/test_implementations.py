@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from scripts.bench_offline import SHAPES
 from serving.config import ConfigError, ServerConfig, parse_args
 from serving.engine.buckets import Shape
 from serving.engine.implementations import LAYER_UNROLL, choose_kernels
-from serving.engine.programs import GRAPH_OPTIONS, ProgramFactory
+from serving.engine.programs import GRAPH_OPTIONS, OVERLAP_OPTIONS, ProgramFactory
 from sharding.layout import make_layout
 from sharding.step import ModelSpec
 from tests.fixtures import DATA
@@ -69,6 +70,8 @@ def test_hopper_gpus_have_an_extend_kernel_for_heads_of_its_sizes(caplog):
         ]
     assert dataclasses.replace(taken, extend_attention="pallas") == others[0]
     assert taken.extend_attention == "hopper"
+    by_name = choose("deepseek_v2_lite", capability="9.0", sizes=sizes, attention_backend="pallas")
+    assert by_name.extend_attention == "pallas"
     assert {other.extend_attention for other in others} == {"pallas"}
     for text in ("qk_rope_head_dim", "v_head_dim 256", "float32 is no", "capability 10.0"):
         assert text in caplog.text
@@ -154,9 +157,15 @@ def test_hopper_gpus_get_kernels_of_their_own_for_experts_of_many_rows(caplog):
             grouped(fp8={"segments.1.experts.w1": ((1, 8, 512, 2, 256), (1, 128, 1, 128))}),
         ]
         assert grouped(moe_runner_backend="xla") == "xla"
+        assert grouped(moe_runner_backend="pallas") == "pallas"
     assert (set(taken), set(others)) == ({"hopper"}, {"pallas"})
     for text in ("expert width 64", "not float32", "capability 10.0", "no FP8 weights"):
         assert text in caplog.text
+
+
+@pytest.mark.parametrize("options", [GRAPH_OPTIONS, OVERLAP_OPTIONS])
+def test_xla_knows_what_it_is_told(options):
+    jax.jit(lambda x: x + 1).lower(1.0).compile(options)  # unknown ones raise on every platform
 
 
 def test_a_back_end_asked_for_by_name_is_taken_or_refused():
