@@ -12,27 +12,18 @@ from typing import Literal
 from jax.experimental import pallas as pl
 
 try:
-    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as InterpretGPUParams
 except ImportError:  # jax 0.10 has it, but does not export it
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-__all__ = [
-    "HOPPER",
-    "XLA",
-    "HopperImplementation",
-    "Implementation",
-    "InterpretGPUParams",
-    "Kernels",
-    "is_power_of_two",
-    "largest_block",
-    "whole",
-]
+    from jax._src.pallas.mosaic_gpu.interpret.params import (
+        InterpretGPUParams as InterpretGPUParams,
+    )
 
 Implementation = Literal["xla", "pallas"]
 HopperImplementation = Implementation | Literal["hopper"]
 """Of operations that have another kernel for GPUs of compute capability 9.0."""
 
-
+MIN_BLOCK = 16
+"""Triton multiplies no smaller matrices."""
 HOPPER = "9.0"
 """The compute capability, and the only one, that has `wgmma` and its registers."""
 
@@ -71,6 +62,11 @@ class Kernels:
 
 XLA = Kernels()
 """The definitions alone: what runs on CPU, and what kernels are compared with."""
+
+
+def covering_block(count: int, most: int) -> int:
+    """The smallest power of two, from MIN_BLOCK on, that covers `count`, but at most `most`."""
+    return min(most, max(MIN_BLOCK, 1 << (count - 1).bit_length()))
 
 
 def largest_block(size: int, most: int) -> int:

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from model.ops.kernels import largest_block, whole
+from model.ops.kernels import MIN_BLOCK, largest_block, whole
 from model.quantization import BlockFP8, layer_of
 
-MIN_BLOCK = 16
-"""Triton multiplies no smaller matrices."""
 MANY_ROWS = 64
 """From so many rows on, a tile has fewer numbers than its products: the factor goes to the tile."""
 

@@ -16,10 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block, whole
+from model.ops.kernels import MIN_BLOCK, covering_block, largest_block, whole
 
-MIN_BLOCK = 16
-"""Triton multiplies no smaller matrices."""
 ROWS, COLUMNS, DEPTH = 64, 64, 64
 """Of a block of logits, and numbers of a row that are multiplied at a time."""
 PROGRAMS = 264
@@ -79,10 +77,7 @@ def _logits_kernel(x_ref, w_ref, layer_ref, out_ref, *, rows: int, columns: int,
 def _logits(x: jax.Array, stack: jax.Array, layer: jax.Array, *, interpret: bool) -> jax.Array:
     """x @ stack[layer] in parts f32 [P, T, E] whose sum it is."""
     t, (width, experts) = x.shape[0], stack.shape[1:]
-    rows = MIN_BLOCK
-    while rows < min(t, ROWS):
-        rows *= 2
-    columns = min(COLUMNS, max(MIN_BLOCK, 1 << (experts - 1).bit_length()))
+    rows, columns = covering_block(t, ROWS), covering_block(experts, COLUMNS)
     depth = largest_block(width, DEPTH)
     blocks, row_blocks = -(-experts // columns), -(-t // rows)
     parts = 1
@@ -201,8 +196,8 @@ def route(
     """Rows [T, D] to expert ids i32 [T, k] and weights f32 [T, k], see `model.moe.route`.
 
     stack is f32 [L, D, E], of which layer i32 is taken; bias f32 [E] or None. Without `groups` all
-    experts may be chosen. Rows that are not valid, bool [T], or whose
-    logits are NaN, get the ids -1.
+    experts may be chosen. Rows that are not valid, bool [T], or whose logits are NaN,
+    get the ids -1.
     """
     t, experts = x.shape[0], stack.shape[-1]
     logits = _logits(x, stack, layer, interpret=interpret)

@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import whole
-from model.ops.matrices import MANY_ROWS, MIN_BLOCK, Matrices, in_reach
+from model.ops.kernels import MIN_BLOCK, covering_block, whole
+from model.ops.matrices import MANY_ROWS, Matrices, in_reach
 from model.ops.matrices import unsupported as fp8_unsupported
 from model.quantization import BlockFP8
 
@@ -90,9 +90,7 @@ def matmul_parts(
     layers = jnp.stack([layer for _, layer in reached]).astype(jnp.int32)
     k = weights[0].shape[1]
     x = x.reshape(t, k)
-    rows = MIN_BLOCK
-    while rows < min(t, MAX_ROWS):
-        rows *= 2
+    rows = covering_block(t, MAX_ROWS)
     row_blocks = -(-t // rows)
     narrow = 2 if x.dtype.itemsize > 2 else 1
     columns = tuple(w.columns(COLUMNS // narrow) for w in weights)

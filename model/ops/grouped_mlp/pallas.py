@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.ops.grouped_mlp.placing import counted_before
-from model.ops.kernels import largest_block, whole
-from model.ops.matrices import MIN_BLOCK, Matrices, in_reach
+from model.ops.kernels import MIN_BLOCK, largest_block, whole
+from model.ops.matrices import Matrices, in_reach
 from model.quantization import BlockFP8
 
 FEW_PAIRS = 4096

@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block
-from model.ops.mla_attention.pages import LOG2_E, MIN_BLOCK, Softmax, dot, read_tokens
+from model.ops.kernels import MIN_BLOCK, covering_block, largest_block
+from model.ops.mla_attention.pages import LOG2_E, Softmax, dot, read_tokens
 
 PROGRAMS = 132
 """The multiprocessors of an H100: more parts of a context cost more in merging than they gain."""
@@ -139,10 +139,8 @@ def decode_attention(
 ) -> jax.Array:
     """See `model.ops.mla_attention.decode_attention`; `splits` parts of a context, for tests."""
     b, given_heads, latent = q_latent.shape
-    heads = MIN_BLOCK
     wide = q_latent.dtype.itemsize == 2 and kv.dtype.itemsize == 2
-    while heads < given_heads and heads < (MAX_HEADS_WIDE if wide else MAX_HEADS):
-        heads *= 2
+    heads = covering_block(given_heads, MAX_HEADS_WIDE if wide else MAX_HEADS)
     if more := -given_heads % heads:  # XLA copies what is padded by nothing
         padding = ((0, 0), (0, more), (0, 0))
         q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)

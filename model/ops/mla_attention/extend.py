@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.batch import Prefixes
-from model.ops.kernels import is_power_of_two, whole
-from model.ops.mla_attention.pages import LOG2_E, MASKED, MIN_BLOCK, Softmax, dot
+from model.ops.kernels import MIN_BLOCK, covering_block, is_power_of_two, whole
+from model.ops.mla_attention.pages import LOG2_E, MASKED, Softmax, dot
 from model.ops.mla_attention.pages import unsupported as latents_unsupported
 
 ROWS, KEYS, WARPS, STAGES = 128, 64, 8, 3
@@ -203,7 +203,7 @@ def _attend(
     """`attend` with one source."""
     expanded, chunks, causal = source
     heads, value = q_nope.shape[1], expanded.values.shape[-1]
-    rows = block_rows(m)
+    rows = covering_block(m, ROWS)
     blocks = -(-m // rows)
 
     def of_rows(*width: int) -> pl.BlockSpec:
@@ -241,14 +241,6 @@ def _attend(
         name="mla_causal" if causal else "mla_prefix",
     )(*operands, *state)
     return out[0] if causal else tuple(out)
-
-
-def block_rows(m: int) -> int:
-    """Rows of a block where there are m in all."""
-    rows = MIN_BLOCK
-    while rows < min(m, ROWS):
-        rows *= 2
-    return rows
 
 
 def chunks_of_blocks(first_row: jax.Array, blocks: int, rows: int) -> jax.Array:

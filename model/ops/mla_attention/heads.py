@@ -13,8 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block, whole
-from model.ops.mla_attention.pages import MIN_BLOCK
+from model.ops.kernels import covering_block, largest_block, whole
 
 BLOCK = 64 * 64
 """Weights of a block at most: narrow and deep ones where there is more to add than to give."""
@@ -47,9 +46,7 @@ def per_head(
     """
     b, heads = x.shape[:2]
     k, n = stack.shape[-2:]
-    rows = MIN_BLOCK
-    while rows < min(b, 64):
-        rows *= 2
+    rows = covering_block(b, 64)
     depth = largest_block(k, 128 if k > n else 64)
     columns = largest_block(n, BLOCK // depth)
     operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32))

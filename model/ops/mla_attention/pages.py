@@ -12,13 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import is_power_of_two
+from model.ops.kernels import MIN_BLOCK, is_power_of_two
 from model.quantization import FP8
 
 LOG2_E = 1.4426950408889634
 MASKED = -1e30
-MIN_BLOCK = 16
-"""Triton multiplies no smaller matrices."""
 
 
 def unsupported(latent: int, rope: int) -> str | None:
