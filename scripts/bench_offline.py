@@ -396,6 +396,7 @@ def read_flags(argv: list[str], folder: Path) -> tuple[argparse.Namespace, Serve
 
 
 def main(argv: list[str]) -> int:
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         try:
             args, config, scale = read_flags(argv, Path(temporary))
@@ -404,8 +405,9 @@ def main(argv: list[str]) -> int:
         except ValueError as error:  # ConfigError, LayoutError, CheckpointError: one sentence
             print(f"bench_offline: error: {error}", file=sys.stderr)
             return 2
+    ready = time.perf_counter() - began
     topology, details = describe(engine.runner)
-    say(topology)
+    say(f"{topology}\nready after {ready:.1f} s")
     bench = Bench(engine, engine.runner.model.vocab_size, args.seed)
     rows = []
     for row in measure(bench, scale, args.workloads, args.repeats):
@@ -418,6 +420,7 @@ def main(argv: list[str]) -> int:
         "offline",
         model=args.shape or config.model_path,
         engine=details,
+        ready_seconds=ready,
         schedule_policy=config.schedule_policy,
         load_balance_method=config.load_balance_method,
         radix_cache=not config.disable_radix_cache,

@@ -1,8 +1,9 @@
 """All numbers that are compared with another engine, in one call: steps, prefill, whole workloads.
 
-Runs scripts/bench_step.py and scripts/bench_offline.py on one GPU with the DeepSeek-V2-Lite shape
+Runs scripts/bench_offline.py and scripts/bench_step.py on one GPU with the DeepSeek-V2-Lite shape
 (dummy weights in bfloat16 that route evenly), one after the other, and sets what they measured
-beside vLLM 0.26 on an H100 and the goals. Other engine flags go to both. For example:
+beside vLLM 0.26 on an H100 and the goals. The first starts with nothing compiled; the second has
+the same programs and finds them compiled. Other engine flags go to both. For example:
 
   python scripts/bench_peer.py --device cuda
   python scripts/bench_peer.py --device cuda --only step --profile
@@ -14,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +35,13 @@ class Line:
 
     Attributes:
         where: entries of the benchmark's row that has the number.
-        key: the number's name there; more is better except for milliseconds.
+        key: the number's name there; more is better except for times.
+        peer: None where none was measured.
     """
 
     where: Mapping[str, Any]
     key: str
-    peer: float
+    peer: float | None
     goal: float
 
     def row(self, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,7 +52,7 @@ class Line:
         if not found:
             return line | {"measured": None, "peer": self.peer, "goal": self.goal}
         value = found[0][self.key]
-        reached = value <= self.goal if self.key == "ms" else value >= self.goal
+        reached = value <= self.goal if self.key in ("ms", "s") else value >= self.goal
         line |= {"measured": value, "peer": self.peer, "goal": self.goal}
         return line | {"reached": "yes" if reached else "no"}
 
@@ -70,6 +73,7 @@ STEP = (
     Line(where={"prefill": "16x2048"}, key="tok/s", peer=78_400, goal=95_000),
     Line(where={"prefill": "4x8000"}, key="tok/s", peer=77_300, goal=92_000),
     Line(where={"prefill": "1x2048"}, key="ms", peer=67, goal=35),
+    Line(where={"start": "compiled before"}, key="s", peer=None, goal=30),
 )
 """Of bench_step: decode is batch x context, prefill prompts x tokens."""
 OFFLINE = (
@@ -81,6 +85,7 @@ OFFLINE = (
         goal=10_000,
     ),
     Line(where={"workload": "memory"}, key="KV tokens", peer=1_382_096, goal=1_400_000),
+    Line(where={"start": "nothing compiled"}, key="s", peer=None, goal=90),
 )
 
 
@@ -105,6 +110,27 @@ def compared(lines: Sequence[Line], measured: Sequence[Row]) -> list[Row]:
     return [line.row(measured) for line in lines]
 
 
+def offline(programs: str, flags: Sequence[str]) -> list[Row]:
+    """Whole workloads, by an engine that finds nothing compiled in the folder `programs`."""
+    own = ("--workloads", "throughput,shared", "--compilation-cache-dir", programs)
+    result = run("bench_offline.py", *COMMON, *own, *flags)
+    memory = {"workload": "memory", "KV tokens": result["engine"]["kv_tokens"]}
+    start = {"start": "nothing compiled", "s": result["ready_seconds"]}
+    return compared(OFFLINE, [*result["rows"], memory, start])
+
+
+def step(programs: str, kv_tokens: int | None, profile: bool, flags: Sequence[str]) -> list[Row]:
+    """Steps. With as many `kv_tokens` as `offline` had, its programs are used again."""
+    own = ["--compilation-cache-dir", programs, *(["--profile"] if profile else [])]
+    start: dict[str, Any] = {"start": "compiled before"}
+    if kv_tokens is not None:
+        own += ["--max-total-tokens", str(kv_tokens)]
+    result = run("bench_step.py", *COMMON, *own, *flags)
+    if kv_tokens is not None:
+        start["s"] = result["ready_seconds"]
+    return compared(STEP, [*result["rows"], start])
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -116,15 +142,12 @@ def main(argv: list[str]) -> int:
     args, flags = parser.parse_known_args(argv)
     rows: list[Row] = []
     try:
-        if args.only != "offline":
-            profile = ("--profile",) if args.profile else ()
-            rows += compared(STEP, run("bench_step.py", *COMMON, *profile, *flags)["rows"])
-        if args.only != "step":
-            workloads = ("--workloads", "throughput,shared")
-            result = run("bench_offline.py", *COMMON, *workloads, *flags)
-            tokens = result["engine"]["kv_tokens"]
-            memory = {"workload": "memory", "KV tokens": tokens}
-            rows += compared(OFFLINE, [*result["rows"], memory])
+        with tempfile.TemporaryDirectory() as programs:
+            if args.only != "step":
+                rows += offline(programs, flags)
+            if args.only != "offline":
+                found = [row["measured"] for row in rows if row["what"] == "memory"]
+                rows += step(programs, found[0] if found else None, args.profile, flags)
     except RuntimeError as error:
         print(f"bench_peer: error: {error}", file=sys.stderr)
         return 1

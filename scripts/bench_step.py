@@ -413,8 +413,10 @@ def main(argv: list[str]) -> int:
         except ValueError as error:  # ConfigError, LayoutError, CheckpointError: one sentence
             print(f"bench_step: error: {error}", file=sys.stderr)
             return 2
-    say(f"ready after {time.perf_counter() - began:.1f} s, {runner.compile_seconds:.1f} compiling")
-    facts: dict[str, Any] = {"KV tokens": (runner.num_pages - 1) * runner.page_size}
+    ready = time.perf_counter() - began
+    say(f"ready after {ready:.1f} s, {runner.compile_seconds:.1f} compiling")
+    tokens = (runner.num_pages - 1) * runner.page_size
+    facts: dict[str, Any] = {"ready_seconds": ready, "KV tokens": tokens}
     rows = []
     for row in measure(runner, args):
         say(f"  { {key: value for key, value in row.items() if key != 'top'} }")
