@@ -6,9 +6,12 @@ time. Every kernel's `unsupported` says, in a sentence, why it cannot take a mod
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 from jax.experimental import pallas as pl
 
 try:
@@ -62,6 +65,15 @@ class Kernels:
 
 XLA = Kernels()
 """The definitions alone: what runs on CPU, and what kernels are compared with."""
+
+
+def lowered_once(*static: str) -> Callable[[Callable[..., Any]], Any]:
+    """A function around kernels that a program lowers once, however often it calls it.
+
+    Most of a warm start is the lowering of kernels, which holds the interpreter's lock; XLA
+    inlines the calls. Args: `static`: names of arguments that are no arrays.
+    """
+    return functools.partial(jax.jit, static_argnames=static)
 
 
 def covering_block(count: int, most: int) -> int:

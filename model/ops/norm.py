@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import whole
+from model.ops.kernels import lowered_once, whole
 
 MANY_ROWS, ROWS = 1024, 4
 """From so many rows on, a program takes several."""
@@ -74,6 +74,7 @@ def add_and_norm(
     return _call(x, stack, layer, (parts,), eps=eps, scale=scale, interpret=interpret)
 
 
+@lowered_once("eps", "scale", "interpret")
 def _call(
     x: jax.Array,
     stack: jax.Array,

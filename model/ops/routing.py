@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import MIN_BLOCK, covering_block, largest_block, whole
+from model.ops.kernels import MIN_BLOCK, covering_block, largest_block, lowered_once, whole
 
 ROWS, COLUMNS, DEPTH = 64, 64, 64
 """Of a block of logits, and numbers of a row that are multiplied at a time."""
@@ -179,6 +179,7 @@ def _choose_kernel(
         weights_ref[row, i] = weights[i] * factor
 
 
+@lowered_once("k", "scoring", "normalize", "scale", "groups", "interpret")
 def route(
     x: jax.Array,
     stack: jax.Array,

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import MIN_BLOCK, covering_block, whole
+from model.ops.kernels import MIN_BLOCK, covering_block, lowered_once, whole
 from model.ops.matrices import MANY_ROWS, Matrices, in_reach
 from model.ops.matrices import unsupported as fp8_unsupported
 from model.quantization import BlockFP8
@@ -74,6 +74,7 @@ def _kernel(x_ref, layers_ref, *refs, rows: int, columns: tuple[int, ...], depth
         block = block - blocks
 
 
+@lowered_once("num_in", "interpret")
 def matmul_parts(
     x: jax.Array,
     stacks: Sequence[jax.Array | BlockFP8],

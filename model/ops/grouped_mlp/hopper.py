@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from model.ops.grouped_mlp import placing
-from model.ops.kernels import HOPPER, InterpretGPUParams
+from model.ops.kernels import HOPPER, InterpretGPUParams, lowered_once
 
 WARPGROUPS = 2
 """That multiply, each a part of a tile's rows; one more copies."""
@@ -241,6 +241,7 @@ def _tiles(
     )(x, w.reshape(-1, w.shape[-1]), *blocks, layer)
 
 
+@lowered_once("interpret")
 def grouped_mlp(
     x: jax.Array,
     expert_ids: jax.Array,

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.ops.grouped_mlp.placing import counted_before
-from model.ops.kernels import MIN_BLOCK, largest_block, whole
+from model.ops.kernels import MIN_BLOCK, largest_block, lowered_once, whole
 from model.ops.matrices import Matrices, in_reach
 from model.quantization import BlockFP8
 
@@ -256,6 +256,7 @@ def sort_pairs(
     return order, counts if told else sums[0]
 
 
+@lowered_once("num_experts", "interpret")
 def grouped_mlp(
     x: jax.Array,
     expert_ids: jax.Array,

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import MIN_BLOCK, covering_block, largest_block
+from model.ops.kernels import MIN_BLOCK, covering_block, largest_block, lowered_once
 from model.ops.mla_attention.pages import LOG2_E, Softmax, dot, read_tokens
 
 PROGRAMS = 132
@@ -125,6 +125,7 @@ def _merged(
     return out.reshape(b, heads, latent)
 
 
+@lowered_once("scale", "interpret", "splits")
 def decode_attention(
     q_latent: jax.Array,
     q_rope: jax.Array,

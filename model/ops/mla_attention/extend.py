@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.batch import Prefixes
-from model.ops.kernels import MIN_BLOCK, covering_block, is_power_of_two, whole
+from model.ops.kernels import MIN_BLOCK, covering_block, is_power_of_two, lowered_once, whole
 from model.ops.mla_attention.pages import LOG2_E, MASKED, Softmax, dot
 from model.ops.mla_attention.pages import unsupported as latents_unsupported
 
@@ -51,12 +52,14 @@ class Chunks(NamedTuple):
     num_keys: jax.Array
 
 
-class Source(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Source:
     """What rows meet: if `causal`, their chunks' own keys up to themselves, else every key."""
 
     expanded: Expanded
     chunks: Chunks
-    causal: bool
+    causal: bool = field(metadata={"static": True})
 
 
 State = tuple[jax.Array, jax.Array]
@@ -190,6 +193,7 @@ def attend(
     return result
 
 
+@lowered_once("m", "scale", "interpret")
 def _attend(
     q_nope: jax.Array,
     q_rope: jax.Array,
@@ -201,7 +205,7 @@ def _attend(
     interpret: bool,
 ) -> State | jax.Array:
     """`attend` with one source."""
-    expanded, chunks, causal = source
+    expanded, chunks, causal = source.expanded, source.chunks, source.causal
     heads, value = q_nope.shape[1], expanded.values.shape[-1]
     rows = covering_block(m, ROWS)
     blocks = -(-m // rows)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import covering_block, largest_block, whole
+from model.ops.kernels import covering_block, largest_block, lowered_once, whole
 
 BLOCK = 64 * 64
 """Weights of a block at most: narrow and deep ones where there is more to add than to give."""
@@ -37,6 +37,7 @@ def _kernel(x_ref, w_ref, layer_ref, out_ref, *, rows: int, columns: int, depth:
     plgpu.store(out_ref.at[row, head, at], total.astype(out_ref.dtype), mask=live)
 
 
+@lowered_once("interpret")
 def per_head(
     x: jax.Array, stack: jax.Array, layer: jax.Array, *, interpret: bool = False
 ) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from model.ops.kernels import HOPPER, InterpretGPUParams
+from model.ops.kernels import HOPPER, InterpretGPUParams, lowered_once
 from model.ops.mla_attention.extend import Chunks, Expanded, Source, State, chunks_of_blocks
 from model.ops.mla_attention.pages import LOG2_E, MASKED, dot
 
@@ -370,6 +370,7 @@ def _shared(nope: int, rope: int, value: int, dtype: Any) -> _Shared:
     )
 
 
+@lowered_once("m", "scale", "interpret")
 def attend(
     q_nope: jax.Array,
     q_rope: jax.Array,

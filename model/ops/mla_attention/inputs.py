@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import whole
+from model.ops.kernels import lowered_once, whole
 from model.quantization import saturating_cast
 
 HEADS = 16
@@ -101,6 +101,7 @@ def _kernel(
         plgpu.store(q_rope_ref.at[row, head, half + pair[None]], second, mask=live)
 
 
+@lowered_once("dtype", "nope", "interleaved", "eps", "interpret")
 def finish_inputs(
     q: jax.Array,
     entry: jax.Array,
