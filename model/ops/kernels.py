@@ -25,6 +25,9 @@ Implementation = Literal["xla", "pallas"]
 HopperImplementation = Implementation | Literal["hopper"]
 """Of operations that have another kernel for GPUs of compute capability 9.0."""
 
+PrefixesFound = Literal["none", "some", "perhaps"]
+"""What a program is for: steps in which no chunk, or some chunk, begins behind cached tokens."""
+
 MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
 HOPPER = "9.0"
@@ -46,8 +49,8 @@ class Kernels:
         dense: products of a few rows with a layer of stacked weights.
         unroll: how many layers of a segment become straight code in a decode program; the whole
             segment if that is not more. More takes longer to compile and copies fewer weights.
-        prefixes: whether prompt chunks may begin behind cached tokens; without, extend attention of
-            MLA in Pallas need not ask.
+        prefixes: whether prompt chunks begin behind cached tokens, which extend attention of MLA in
+            Pallas else has to ask. It is right where "some" have none, but not at its best.
         interpret: run kernels as ordinary JAX operations (tests on CPU).
     """
 
@@ -59,7 +62,7 @@ class Kernels:
     norm: Implementation = "xla"
     dense: Implementation = "xla"
     unroll: int = 1
-    prefixes: bool = True
+    prefixes: PrefixesFound = "perhaps"
     interpret: bool = False
 
 

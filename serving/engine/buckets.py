@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from model.ops.kernels import PrefixesFound
 from serving.config import ConfigError, ServerConfig
 from serving.scheduler.plan import StepPlan
 
@@ -35,14 +36,14 @@ class Shape:
     Attributes:
         decode_rows: B; prefill_rows: M, 0 in a decode program; chunks: C, most prompt chunks.
         cut: two-batch overlap: how many of the B + M rows the first micro-batch has; 0 without it.
-        prefixes: whether chunks may begin behind cached tokens.
+        prefixes: whether chunks begin behind cached tokens.
     """
 
     decode_rows: int
     prefill_rows: int = 0
     chunks: int = 0
     cut: int = 0
-    prefixes: bool = True
+    prefixes: PrefixesFound = "perhaps"
 
     @property
     def rows(self) -> int:
@@ -54,7 +55,7 @@ class Shape:
 
     def __str__(self) -> str:
         if self.prefill_rows:
-            fresh = "" if self.prefixes else ", nothing cached"
+            fresh = ", nothing cached" if self.prefixes == "none" else ""
             return f"extend {self.prefill_rows} beside {self.decode_rows}{fresh}"
         return f"decode {self.decode_rows}"
 
@@ -128,6 +129,7 @@ class Buckets:
         return self.fresh and prefill_rows >= FRESH_ROWS
 
     def _extend_shape(self, prefill_rows: int, decode_rows: int, prefixes: bool) -> Shape:
+        found: PrefixesFound = "some" if prefixes else "none"
         cut = 0
         if self.cut_extend_from is not None and prefill_rows >= self.cut_extend_from:
             cut = _cut(decode_rows, prefill_rows)
@@ -136,7 +138,7 @@ class Buckets:
             prefill_rows=prefill_rows,
             chunks=self.prefill_chunks,
             cut=cut,
-            prefixes=prefixes or not self._has_fresh(prefill_rows),
+            prefixes=found if self._has_fresh(prefill_rows) else "perhaps",
         )
 
     def shape_for(self, plan: StepPlan) -> Shape:

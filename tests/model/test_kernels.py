@@ -172,9 +172,9 @@ def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monk
     got = run_extend(arrays, kv, numbers, prefixes, rows, KERNELS)
     want = run_extend(arrays, no_nan(kv), numbers, prefixes, rows, XLA)
     np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
-    if not any(distinct):
-        fresh = dataclasses.replace(KERNELS, prefixes=False)
-        got = run_extend(arrays, kv, numbers, prefixes, rows, fresh)
+    for found in ("some",) if any(distinct) else ("none", "some"):
+        knowing = dataclasses.replace(KERNELS, prefixes=found)
+        got = run_extend(arrays, kv, numbers, prefixes, rows, knowing)
         np.testing.assert_allclose(got[before:], want[before:], atol=1e-4)
     assert (np.asarray(got[before + sum(n for _, n in chunks) :]) == 0).all()
 

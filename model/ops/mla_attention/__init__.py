@@ -144,7 +144,8 @@ def extend_attention(
     on_hopper &= rows.stop - rows.start >= hopper.LEAST_ROWS
     return extend.extend_attention(
         *(q_nope, q_rope, w_uk, w_uv, entries, kv, layer, *chunks),
-        prefixes if kernels.prefixes else None,
+        prefixes,
+        kernels.prefixes,
         rows=rows,
         num_rows=num_rows,
         scale=scale,

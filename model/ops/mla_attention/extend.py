@@ -2,9 +2,9 @@
 
 New tokens attend to each other with keys and values expanded once for all rows. Cached prefixes are
 met first: each distinct one is read from the pages and expanded once for all its chunks, a piece of
-bounded size at a time. The last piece and the new tokens are met by one call of the kernel; sums
-and log-sum-exps go from piece to piece before. Where no chunk has a prefix, nothing of that runs.
-The kernel here is in Triton, `hopper` has another.
+bounded size at a time. A single piece and the new tokens are met by one call of the kernel; of
+several, sums and log-sum-exps go from piece to piece. Where no chunk has a prefix, nothing of that
+runs. The kernel here is in Triton, `hopper` has another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.batch import Prefixes
-from model.ops.kernels import MIN_BLOCK, covering_block, is_power_of_two, lowered_once, whole
+from model.ops.kernels import (
+    MIN_BLOCK,
+    PrefixesFound,
+    covering_block,
+    is_power_of_two,
+    lowered_once,
+    whole,
+)
 from model.ops.mla_attention.pages import LOG2_E, MASKED, Softmax, dot
 from model.ops.mla_attention.pages import unsupported as latents_unsupported
 
@@ -286,7 +293,8 @@ def extend_attention(
     tables: jax.Array,
     chunk_first_row: jax.Array,
     chunk_rows: jax.Array,
-    prefixes: Prefixes | None,
+    prefixes: Prefixes,
+    found: PrefixesFound,
     *,
     rows: slice,
     num_rows: int,
@@ -294,9 +302,9 @@ def extend_attention(
     kernel: Attend = attend,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `model.ops.mla_attention.extend_attention`; None for prefixes says that there are none.
+    """See `model.ops.mla_attention.extend_attention`; `found` says what is known of the prefixes.
 
-    Whether there are any must else be asked, which the host does, layer by layer. `kernel` is
+    How many pieces they have must else be asked, which the host does, layer by layer. `kernel` is
     `attend` of this module or another.
     """
     m, rope = rows.stop - rows.start, q_rope.shape[-1]
@@ -313,7 +321,7 @@ def extend_attention(
     own, first_row = expand(entries), chunk_first_row - rows.start
     first_key = chunk_first_row + (len(entries) - num_rows)
     new = Source(own, Chunks(first_row, chunk_rows, first_key, chunk_rows), causal=True)
-    if prefixes is None:
+    if found == "none":
         return met([new], None)
     size = min(MAX_PIECE, max(MIN_PIECE, m))
 
@@ -325,11 +333,12 @@ def extend_attention(
         return Source(expand(cached.astype(q_nope.dtype)), chunks, causal=False)
 
     def several() -> jax.Array:
-        """All pieces but the last give a state."""
         state = met([piece(0)], None)
-        state = lax.fori_loop(1, pieces - 1, lambda i, state: met([piece(i)], state), state)
-        return met([piece(pieces - 1), new], state)
+        state = lax.fori_loop(1, pieces, lambda i, state: met([piece(i)], state), state)
+        return met([new], state)
 
     pieces = (prefixes.ends[-1] + size - 1) // size
-    branches = (lambda: met([new], None), lambda: met([piece(0), new], None), several)
-    return lax.switch(jnp.minimum(pieces, 2), branches)
+    branches = [lambda: met([piece(0), new], None), several]
+    if found == "perhaps":
+        branches.insert(0, lambda: met([new], None))
+    return lax.switch(pieces - 3 + len(branches), branches)  # which bounds the number

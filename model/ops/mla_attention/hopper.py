@@ -34,7 +34,7 @@ MAX_WIDTH = 128
 ALIGNMENT = 8
 """Rows of a tile: copies begin at a multiple of it."""
 LEAST_ROWS = 1024
-"""Rows that prefill, from which it is taken: a program has up to five kernels of it to compile,
+"""Rows that prefill, from which it is taken: a program has up to four kernels of it to compile,
 seconds each, and with fewer there is little to gain. Where the border lies was not measured."""
 LESS, MORE = 24, 240
 """Registers of a thread that copies, and of one that computes."""
@@ -402,6 +402,9 @@ def attend(
         shapes = [
             jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, heads, value), (heads, rows))
         ]
+        if start is None:  # a kernel less to compile
+            nothing, unseen = shapes
+            start = jnp.zeros(nothing.shape), jnp.full(unseen.shape, MASKED)
     out = plgpu.kernel(
         functools.partial(
             _kernel,

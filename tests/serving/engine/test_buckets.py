@@ -73,12 +73,12 @@ def test_few_decode_rows_beside_prefill_do_not_pay_for_a_full_set():
 def test_large_steps_with_nothing_cached_have_programs_of_their_own():
     config = ServerConfig(decode_buckets=(16,), extend_buckets=(64, 4096))
     b = make_buckets(config, platform="cuda", num_slices=1, max_context=4096, fresh=True)
-    assert b.shape_for(plan((0, [10]))).prefixes  # a small program takes both
-    assert b.shape_for(plan((0, [100]), (0, [100]), start=16)).prefixes
+    assert b.shape_for(plan((0, [10]))).prefixes == "perhaps"  # a small program takes both
+    assert b.shape_for(plan((0, [100]), (0, [100]), start=16)).prefixes == "some"
     shape = b.shape_for(plan((0, [100]), (0, [100])))
-    assert (shape.prefixes, shape.prefill_rows) == (False, 4096)
+    assert (shape.prefixes, shape.prefill_rows) == ("none", 4096)
     assert shape in b.shapes()
-    assert [s.prefixes for s in b.shapes()] == [True, False, True, True]
+    assert [s.prefixes for s in b.shapes()] == ["some", "none", "perhaps", "perhaps"]
     assert len({str(shape) for shape in b.shapes()}) == len(b.shapes())
 
 
