@@ -40,7 +40,7 @@ from sharding.step import ModelSpec, abstract_array, sharded
 
 log = logging.getLogger("meshserve.engine")
 
-COMPILE_THREADS = 8
+COMPILE_THREADS = 16
 OVERLAP_UNROLL = 2
 """Layers of straight code in a program of two micro-batches: nothing can be overlapped across the
 border of two turns of a loop."""
@@ -60,7 +60,14 @@ GRAPH_OPTIONS = {
     # nodes of a CUDA graph follow each other.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
-"""For decode programs of one NVIDIA GPU: kernels run as soon as what they read is there."""
+"""For programs of one NVIDIA GPU: kernels run as soon as what they read is there."""
+PREFILL_OPTIONS = {
+    # Products of many rows are cuBLAS's whatever else is tried, which takes most of compiling.
+    "xla_gpu_enable_triton_gemm": False,
+    # Two products of the same rows made one are cut apart again, which copies both.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+"""For extend programs on NVIDIA GPUs."""
 SCORE_ROWS = 128
 """Prompt positions that one launch of the scoring program scores."""
 DRAWN_AT_ONCE = 64
@@ -181,9 +188,12 @@ class ProgramFactory:
         """What XLA is told for a forward program beside what it is told for all; None: nothing."""
         if self.mesh.devices.flat[0].platform not in ("cuda", "gpu"):
             return None
+        options = dict(PREFILL_OPTIONS if shape.prefill_rows else {})
         if shape.cut:
-            return OVERLAP_OPTIONS
-        return GRAPH_OPTIONS if self.mesh.size == 1 and not shape.prefill_rows else None
+            options |= OVERLAP_OPTIONS
+        elif self.mesh.size == 1:
+            options |= GRAPH_OPTIONS
+        return options or None
 
     def greedy(self, rows: int) -> Any:
         """(logits, numbers, last tokens*) -> (packed tokens, last tokens)."""

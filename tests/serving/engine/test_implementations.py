@@ -18,7 +18,12 @@ from scripts.bench_offline import SHAPES
 from serving.config import ConfigError, ServerConfig, parse_args
 from serving.engine.buckets import Shape
 from serving.engine.implementations import LAYER_UNROLL, choose_kernels
-from serving.engine.programs import GRAPH_OPTIONS, OVERLAP_OPTIONS, ProgramFactory
+from serving.engine.programs import (
+    GRAPH_OPTIONS,
+    OVERLAP_OPTIONS,
+    PREFILL_OPTIONS,
+    ProgramFactory,
+)
 from sharding.layout import make_layout
 from sharding.step import ModelSpec
 from tests.fixtures import DATA
@@ -163,7 +168,7 @@ def test_hopper_gpus_get_kernels_of_their_own_for_experts_of_many_rows(caplog):
         assert text in caplog.text
 
 
-@pytest.mark.parametrize("options", [GRAPH_OPTIONS, OVERLAP_OPTIONS])
+@pytest.mark.parametrize("options", [GRAPH_OPTIONS, OVERLAP_OPTIONS, PREFILL_OPTIONS])
 def test_xla_knows_what_it_is_told(options):
     jax.jit(lambda x: x + 1).lower(1.0).compile(options)  # unknown ones raise on every platform
 
@@ -192,7 +197,7 @@ def test_other_engines_names_mean_the_kernels_and_say_so(flag, value):
     assert any(value in warning and "pallas" in warning for warning in config.warnings)
 
 
-def test_cuda_graphs_of_decode_programs_run_side_by_side_on_one_gpu():
+def test_xla_is_told_what_suits_the_program_and_the_number_of_gpus():
     def options(platform, devices, shape):
         factory = object.__new__(ProgramFactory)
         device = SimpleNamespace(platform=platform)
@@ -201,7 +206,10 @@ def test_cuda_graphs_of_decode_programs_run_side_by_side_on_one_gpu():
 
     decode = Shape(decode_rows=64, prefill_rows=0, chunks=0)
     extend = Shape(decode_rows=64, prefill_rows=128, chunks=4)
-    assert options("cuda", 1, decode) is GRAPH_OPTIONS
-    assert options("cuda", 1, extend) is None
+    assert options("cuda", 1, decode) == GRAPH_OPTIONS
+    assert options("cuda", 1, extend) == GRAPH_OPTIONS | PREFILL_OPTIONS
     assert options("cuda", 2, decode) is None
+    assert options("cuda", 2, extend) == PREFILL_OPTIONS
+    cut = dataclasses.replace(extend, cut=96)
+    assert options("cuda", 2, cut) == OVERLAP_OPTIONS | PREFILL_OPTIONS
     assert options("cpu", 1, decode) is None
