@@ -1,0 +1,32 @@
+"""The check of a whole model's kernels, at a toy size with kernels in interpreters."""
+
+from __future__ import annotations
+
+import json
+
+from scripts import check_model
+from tests.fixtures import DATA
+from tests.harness import KERNELS
+
+FLAGS = ["--model-path", str(DATA / "deepseek_v2_lite"), "--device", "cpu", "--unit", "1"]
+
+
+def test_kernels_of_a_whole_model_are_compared_with_its_definition(monkeypatch, capsys):
+    monkeypatch.setattr(check_model, "choose_kernels", lambda *_, **__: KERNELS)
+    last = check_model.steps(1)[-1]  # one is enough here: compiling takes long
+    monkeypatch.setattr(check_model, "steps", lambda unit: [last])
+    assert check_model.main(FLAGS) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (row["step"], row["result"]) == (last[0], "good")
+    assert row["kernels"] != row["definition"]
+
+
+def test_one_bad_step_is_an_error(monkeypatch):
+    rows = [{"step": "one", "result": "good"}, {"step": "two", "result": "bad"}]
+    monkeypatch.setattr(check_model, "compare", lambda *_: iter(rows))
+    assert check_model.main(FLAGS) == 1
+
+
+def test_a_wrong_flag_is_a_sentence(capsys):
+    assert check_model.main(["--device", "cpu", "--nonsense"]) == 2
+    assert "check_model: error:" in capsys.readouterr().err
