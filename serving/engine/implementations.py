@@ -18,8 +18,8 @@ from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
 from model.ops.kernels import HopperImplementation, Implementation, Kernels
 from model.ops.matrices import out_of_reach
 from model.ops.matrices import unsupported as fp8_unsupported
-from model.ops.mla_attention import extend as extend_kernels
 from model.ops.mla_attention import hopper as hopper_attention
+from model.ops.mla_attention import triton as triton_attention
 from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
@@ -128,7 +128,7 @@ def _extend_kernel(
 def _no_attention(model: ModelConfig) -> str | None:
     if not model.is_mla:
         return "only multi-head latent attention (MLA) has them"
-    return extend_kernels.unsupported(
+    return triton_attention.unsupported(
         model.kv_lora_rank, model.rotary_dim, model.qk_nope_head_dim, model.v_head_dim
     )
 

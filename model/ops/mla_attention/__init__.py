@@ -1,4 +1,4 @@
-"""Attention over the paged latent cache: `xla` defines it, `decode` and `extend` are for GPUs.
+"""Attention over the paged latent cache: `xla` defines it, the other modules are for GPUs.
 
 `decode_attention` is the absorbed form (one query per sequence against the latents, MQA),
 `extend_attention` the naive form (keys and values expanded from the latents, MHA) for the new
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from model.batch import Prefixes
 from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
-from model.ops.mla_attention import decode, extend, heads, hopper, xla
+from model.ops.mla_attention import decode, extend, heads, hopper, triton, xla
 from model.quantization import BlockFP8
 
 
@@ -149,6 +149,6 @@ def extend_attention(
         rows=rows,
         num_rows=num_rows,
         scale=scale,
-        kernel=hopper.attend if on_hopper else extend.attend,
+        kernel=hopper.attend if on_hopper else triton.attend,
         interpret=kernels.interpret,
     )

@@ -381,7 +381,7 @@ def attend(
     scale: float,
     interpret: bool,
 ) -> State | jax.Array:
-    """See `extend.attend`; a state has its log-sum-exps by head, f32 [H, M].
+    """See `extend.Attend`; a state has its log-sum-exps by head, f32 [H, M].
 
     What stands behind the keys of chunks must be finite, although nobody sees it.
     """
