@@ -164,7 +164,7 @@ class ProgramStore:
 def environment(mesh: Mesh) -> str:
     """What every program of a mesh depends on: code, versions, settings, devices."""
     client = mesh.devices.flat[0].client
-    flags = Path(os.environ.get("XLA_FLAGS", ""))  # may name a file
+    flags = os.environ.get("XLA_FLAGS", "")  # may name a file
     installed = ((d.name.lower(), d.version) for d in importlib.metadata.distributions())
     return repr(
         (
@@ -172,7 +172,7 @@ def environment(mesh: Mesh) -> str:
             sorted(package for package in installed if package[0].startswith(PACKAGES)),
             sorted((k, repr(v)) for k, v in jax.config.values.items() if "cache" not in k),
             sorted((k, v) for k, v in os.environ.items() if VARIABLES.match(k)),
-            flags.read_text() if flags.is_file() else None,
+            Path(flags).read_text() if os.path.isfile(flags) else None,
             (client.platform, client.platform_version, len(client.devices())),
             (mesh.axis_names, mesh.devices.shape),
             [(d.id, d.device_kind) for d in mesh.devices.flat],
