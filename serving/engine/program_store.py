@@ -1,9 +1,9 @@
 """Compiled programs on disk: a start loads what an earlier one compiled, and lowers none of it.
 
-XLA's own cache can only be asked once a program is traced and lowered. That is nearly all of a warm
-start, and holds the interpreter's lock; loading takes a few seconds, in threads. So a file here is
-found by what a program is made from. Files are pickles, which can run code: the folder is the
-user's alone, and not used where somebody else could have written to it.
+XLA's own cache can only be asked once a program is traced and lowered, which holds the
+interpreter's lock and was most of a warm start. A file here is found by what a program is made
+from: its `Definition` and its `environment`. Files are pickles, which can run code: the folder is
+the user's alone, and not used where somebody else could have written to it.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def environment(mesh: Mesh) -> str:
     """What every program of a mesh depends on: code, versions, settings, devices."""
     client = mesh.devices.flat[0].client
     flags = os.environ.get("XLA_FLAGS", "")  # may name a file
-    installed = ((d.name.lower(), d.version) for d in importlib.metadata.distributions())
+    installed = [(str(d.name).lower(), d.version) for d in importlib.metadata.distributions()]
     return repr(
         (
             SOURCE,

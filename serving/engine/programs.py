@@ -260,7 +260,7 @@ class ProgramFactory:
                 if program.result() is None
             }
         log.info(
-            "%d programs were kept from an earlier start and %d compiled, in %.1f s",
+            "%d programs from the program store, %d compiled, in %.1f s",
             len(definitions) - len(missing),
             len(missing),
             time.perf_counter() - started,

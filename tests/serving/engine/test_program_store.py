@@ -105,7 +105,7 @@ def test_a_second_start_lowers_nothing_and_answers_the_same(cache, lowered, capl
     lowered.clear()
     caplog.clear()
     second = start(cache)
-    assert "8 programs were kept from an earlier start and 0 compiled" in caplog.text
+    assert "8 programs from the program store, 0 compiled" in caplog.text
     pool = second.runner._kv
     assert answers(second) == want
     assert pool.is_deleted()  # still donated
