@@ -254,8 +254,10 @@ def test_nothing_is_kept_where_nothing_is_to_be(tmp_path, monkeypatch):
         patch.setattr(jax, "process_count", lambda: 2)
         assert not keeps(str(tmp_path))
     jax.config.update("jax_enable_compilation_cache", False)
-    assert not keeps(str(tmp_path))
-    jax.config.update("jax_enable_compilation_cache", True)
+    try:
+        assert not keeps(str(tmp_path))
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 # ---- what programs are found by -------------------------------------------------------------
