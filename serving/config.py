@@ -549,7 +549,8 @@ def _add_batching_flags(group: _Group) -> None:
     _add(
         group,
         "--compilation-cache-dir",
-        help="where compiled programs are kept between starts; "
+        help="where compiled programs are kept between starts (as pickles, which can run code: "
+        "name a folder that only you can write to); "
         f"default: {default_compilation_cache_dir()}".replace(os.path.expanduser("~"), "~"),
     )
 

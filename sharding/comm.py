@@ -41,6 +41,10 @@ class MeshComm:
         self.heads_are_whole = self.attn_tp == 1
         self._exchange = exchange
 
+    def __repr__(self) -> str:
+        """All that programs depend on: the engine finds compiled ones by it."""
+        return f"MeshComm({self._exchange!r}, fp8_dispatch={self.fp8_dispatch}, {self.sums!r})"
+
     def exchange_for(self, tokens: int, k: int, width: int, itemsize: int) -> Exchange:
         """The exchange of a program.
 

@@ -121,6 +121,10 @@ class ModelSpec:
         if [leaf.shape for leaf in leaves] != [p.shape for p in self.params]:
             raise AssertionError("flax changed the order of flat states")
 
+    def __repr__(self) -> str:
+        """All that programs depend on: the engine finds compiled ones by it."""
+        return f"ModelSpec({self.config!r}, {self.dtype}, {self.layout!r}, {self.params!r})"
+
     def _scale_info(self, info: ParamInfo, block: tuple[int, ...] | None) -> ParamInfo | None:
         """The factors of a parameter that stays in FP8, None for one that does not.
 

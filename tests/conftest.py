@@ -43,6 +43,7 @@ SLOWEST = (
     "serving/engine/test_engine.py",
     "serving/engine/test_deterministic.py",
     "scripts/test_bench_parallel.py",
+    "serving/engine/test_program_store.py",
     "serving/engine/test_estimate.py",
     "model/test_reference.py",
     "sharding/test_expert_exchange.py",

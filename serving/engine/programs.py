@@ -1,4 +1,4 @@
-"""The programs of an engine: what each computes on a device, and how it is lowered and compiled.
+"""The programs of an engine: what each computes on a device, and what it is made from.
 
 A step runs a forward program of its shape, then a sampling program of its number of rows. `greedy`
 takes the best tokens and knows nothing else; `full` draws, with everything `sampler` offers and a
@@ -27,6 +27,7 @@ from serving.engine.batch_builder import Column, Packing, sampling_batch
 from serving.engine.buckets import Buckets, Shape
 from serving.engine.memory import mask_words, step_bytes
 from serving.engine.outputs import pack_tokens
+from serving.engine.program_store import Definition, ProgramStore
 from serving.engine.sampler import adjust, greedy, logprobs_of, sample, top_logprobs
 from serving.engine.sampling_state import (
     SETUP_WIDTH,
@@ -36,7 +37,7 @@ from serving.engine.sampling_state import (
     set_up,
 )
 from sharding.comm import MeshComm
-from sharding.step import ModelSpec, abstract_array, sharded
+from sharding.step import ModelSpec, abstract_array
 
 log = logging.getLogger("meshserve.engine")
 
@@ -94,7 +95,7 @@ class Programs:
 
 
 class ProgramFactory:
-    """Lowers the programs of one model on one mesh."""
+    """Defines the programs of one model on one mesh, and has them compiled."""
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class ProgramFactory:
         kernels: Kernels,
         page_size: int,
         kv_dtype: Any,
+        store: ProgramStore,
         threshold: float = 0.0,
     ) -> None:
         """Args: threshold: see `Packing`."""
@@ -115,7 +117,7 @@ class ProgramFactory:
         self.vocab = spec.config.vocab_size
         self.mask_words = mask_words(self.vocab)
         self.most_sampled = buckets.sampled_rows[0]
-        self._comm = comm
+        self._comm, self._store = comm, store
         self._by_slice = PartitionSpec(spec.layout.attn_dp)
         self._num_slices = spec.layout.num_slices
 
@@ -152,12 +154,22 @@ class ProgramFactory:
         width, itemsize = self.spec.config.hidden_size, self.spec.dtype.itemsize
         return step_bytes(self.buckets, vocab=self.vocab, width=width, itemsize=itemsize)
 
-    # ---- lowering --------------------------------------------------------------------------
+    # ---- definitions -----------------------------------------------------------------------
 
-    def _sharded(self, fn: Callable[..., Any], num_in: int, num_out: int, *donate: int) -> Any:
+    def _by_slices(
+        self, name: str, fn: Callable[..., Any], *args: Any, num_out: int, donate: tuple[int, ...]
+    ) -> Definition:
         """A program whose arguments and results are all cut by slice."""
         s = self._by_slice
-        return sharded(fn, self.mesh, (s,) * num_in, (s,) * num_out, donate=donate)
+        return Definition(
+            name=name,
+            fn=fn,
+            mesh=self.mesh,
+            in_specs=(s,) * len(args),
+            out_specs=(s,) * num_out,
+            args=args,
+            donate=donate,
+        )
 
     def packing(self, shape: Shape, table_width: int) -> Packing:
         return Packing(
@@ -167,7 +179,7 @@ class ProgramFactory:
             threshold=self.threshold,
         )
 
-    def forward(self, packing: Packing, num_pages: int) -> Any:
+    def forward(self, packing: Packing, num_pages: int) -> Definition:
         """(weights, pool*, last tokens, packed) -> (logits, numbers, pool[, hidden]); * donated."""
         s, pool_spec = self._by_slice, self.spec.pool_spec
         pool_shape = self.spec.pool_shape(num_pages, self.page_size)
@@ -177,12 +189,18 @@ class ProgramFactory:
             kernels = replace(kernels, unroll=1, prefixes=packing.shape.prefixes)
         if packing.shape.cut:
             kernels = replace(kernels, unroll=max(kernels.unroll, OVERLAP_UNROLL))
-        fn = functools.partial(_forward, self.spec, self._comm, kernels, packing, hidden_rows)
-        outputs = (s, s, pool_spec, s) if hidden_rows else (s, s, pool_spec)
-        program = sharded(fn, self.mesh, (self.spec.specs, pool_spec, s, s), outputs, donate=(1,))
         pool = abstract_array(pool_shape, self.kv_dtype, self.mesh, pool_spec)
         packed = self._array((packing.width,))
-        return program.lower(self._weights(), pool, self._last_tokens(), packed)
+        return Definition(
+            name=str(packing.shape),
+            fn=functools.partial(_forward, self.spec, self._comm, kernels, packing, hidden_rows),
+            mesh=self.mesh,
+            in_specs=(self.spec.specs, pool_spec, s, s),
+            out_specs=(s, s, pool_spec, s) if hidden_rows else (s, s, pool_spec),
+            args=(self._weights(), pool, self._last_tokens(), packed),
+            donate=(1,),
+            options=self.options(packing.shape),
+        )
 
     def options(self, shape: Shape) -> dict[str, Any] | None:
         """What XLA is told for a forward program beside what it is told for all; None: nothing."""
@@ -195,96 +213,108 @@ class ProgramFactory:
             options |= GRAPH_OPTIONS
         return options or None
 
-    def greedy(self, rows: int) -> Any:
+    def greedy(self, rows: int) -> Definition:
         """(logits, numbers, last tokens*) -> (packed tokens, last tokens)."""
-        numbers = self._array((rows, len(Column)))
-        program = self._sharded(_sample_greedy, 3, 2, 2)
-        return program.lower(self._logits(rows), numbers, self._last_tokens())
+        numbers, last = self._array((rows, len(Column))), self._last_tokens()
+        args = (self._logits(rows), numbers, last)
+        return self._by_slices(f"greedy {rows}", _sample_greedy, *args, num_out=2, donate=(2,))
 
-    def full(self, rows: int) -> Any:
+    def full(self, rows: int) -> Definition:
         """(logits, numbers, masks, last tokens*, state*) -> (packed tokens, last tokens, state)."""
-        numbers = self._array((rows, len(Column)))
-        program = self._sharded(_sample_full, 5, 3, 3, 4)
-        return program.lower(
-            self._logits(rows), numbers, self.masks(rows), self._last_tokens(), self.state
+        numbers, last = self._array((rows, len(Column))), self._last_tokens()
+        args = (self._logits(rows), numbers, self.masks(rows), last, self.state)
+        return self._by_slices(f"full {rows}", _sample_full, *args, num_out=3, donate=(3, 4))
+
+    def set_up(self) -> Definition:
+        """(state*, packed) -> state."""
+        return Definition(
+            name="set-up",
+            fn=_set_up,
+            mesh=self.mesh,
+            in_specs=(self._by_slice,) * 2,
+            out_specs=self._by_slice,
+            args=(self.state, self._array((SETUP_WIDTH,))),
+            donate=(0,),
         )
 
-    def set_up(self) -> Any:
-        """(state*, packed) -> state."""
-        program = sharded(_set_up, self.mesh, (self._by_slice,) * 2, self._by_slice, donate=(0,))
-        return program.lower(self.state, self._array((SETUP_WIDTH,)))
-
-    def score(self) -> Any:
+    def score(self) -> Definition:
         """(weights, hidden, packed: rows and targets) -> packed scores."""
         s = self._by_slice
-        program = sharded(
-            functools.partial(_score, self.spec, self._comm),
-            self.mesh,
-            (self.spec.specs, s, s),
-            s,
+        return Definition(
+            name="scoring",
+            fn=functools.partial(_score, self.spec, self._comm),
+            mesh=self.mesh,
+            in_specs=(self.spec.specs, s, s),
+            out_specs=s,
+            args=(self._weights(), self._hidden(), self._array((2 * SCORE_ROWS,))),
         )
-        return program.lower(self._weights(), self._hidden(), self._array((2 * SCORE_ROWS,)))
+
+    # ---- compiling -------------------------------------------------------------------------
+
+    def compiled(self, *definitions: Definition) -> dict[str, jax.stages.Compiled]:
+        """Programs by name, from the store or compiled, several at a time: neither loading nor
+        compiling needs the interpreter's lock. Lowering does, one after the other."""
+        started = time.perf_counter()
+
+        def compile_one(definition: Definition, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+            started = time.perf_counter()
+            program = self._store.compile(definition, lowered)
+            log.info("compiled %s in %.1f s", definition.name, time.perf_counter() - started)
+            return program
+
+        with ThreadPoolExecutor(max_workers=min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
+            found = [pool.submit(self._store.load, d) for d in definitions]
+            missing = {
+                d.name: pool.submit(compile_one, d, d.lower())
+                for d, program in zip(definitions, found, strict=True)
+                if program.result() is None
+            }
+        log.info(
+            "%d programs from the program store, %d compiled, in %.1f s",
+            len(definitions) - len(missing),
+            len(missing),
+            time.perf_counter() - started,
+        )
+        return {
+            d.name: missing.get(d.name, program).result()
+            for d, program in zip(definitions, found, strict=True)
+        }
 
     def compile_all(self, *, num_pages: int, table_width: int, with_greedy: bool) -> Programs:
-        """All programs, several at a time: XLA compiles outside the interpreter lock.
+        """All programs.
 
         Args:
             with_greedy: False leaves out the greedy programs.
         """
-
-        def compiled(name: str, lowered: Any, options: dict[str, Any] | None = None) -> Any:
-            started = time.perf_counter()
-            program = lowered.compile(options)
-            log.info("compiled %s in %.1f s", name, time.perf_counter() - started)
-            return program
-
-        with ThreadPoolExecutor(max_workers=min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
-            packings = [self.packing(shape, table_width) for shape in self.buckets.shapes()]
-            forward = [
-                (
-                    packing,
-                    pool.submit(
-                        compiled,
-                        str(packing.shape),
-                        self.forward(packing, num_pages),
-                        self.options(packing.shape),
-                    ),
-                )
-                for packing in packings
-            ]
-            samplers = [("full", self.full), *([("greedy", self.greedy)] if with_greedy else [])]
-            sampling = {
-                name: {
-                    rows: pool.submit(compiled, f"{name} {rows}", lower(rows))
-                    for rows in self.buckets.sampled_rows
-                }
-                for name, lower in samplers
-            }
-            set_up = pool.submit(compiled, "set-up", self.set_up())
-            score = pool.submit(compiled, "scoring", self.score())
-            return Programs(
-                forward={
-                    packing.shape: ForwardProgram(packing=packing, run=future.result())
-                    for packing, future in forward
-                },
-                greedy={r: f.result() for r, f in sampling.get("greedy", {}).items()},
-                full={r: f.result() for r, f in sampling["full"].items()},
-                set_up=set_up.result(),
-                score=score.result(),
-            )
+        packings = [self.packing(shape, table_width) for shape in self.buckets.shapes()]
+        forward = {p: self.forward(p, num_pages) for p in packings}
+        full = {rows: self.full(rows) for rows in self.buckets.sampled_rows}
+        greedy = {rows: self.greedy(rows) for rows in full if with_greedy}
+        set_up, score = self.set_up(), self.score()
+        programs = self.compiled(*forward.values(), *full.values(), *greedy.values(), set_up, score)
+        return Programs(
+            forward={
+                packing.shape: ForwardProgram(packing=packing, run=programs[d.name])
+                for packing, d in forward.items()
+            },
+            greedy={rows: programs[d.name] for rows, d in greedy.items()},
+            full={rows: programs[d.name] for rows, d in full.items()},
+            set_up=programs[set_up.name],
+            score=programs[score.name],
+        )
 
     def most_temporary_bytes(self, table_width: int) -> int:
         """Bytes of temporaries of the program that needs most, the largest ones compiled."""
         packing = self.packing(self.buckets.shapes()[0], table_width)
         rows = self.most_sampled
-        compiled = [
-            self.forward(packing, 2).compile(self.options(packing.shape)),
-            *(
-                p.compile()
-                for p in (self.full(rows), self.greedy(rows), self.set_up(), self.score())
-            ),
-        ]
-        return max(p.memory_analysis().temp_size_in_bytes for p in compiled)
+        largest = self.compiled(
+            self.forward(packing, 2),
+            self.full(rows),
+            self.greedy(rows),
+            self.set_up(),
+            self.score(),
+        )
+        return max(p.memory_analysis().temp_size_in_bytes for p in largest.values())
 
 
 # ---- the programs, per device --------------------------------------------------------------

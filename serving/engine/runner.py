@@ -34,6 +34,7 @@ from serving.engine.memory import (
     pool_bytes,
 )
 from serving.engine.outputs import no_tokens, read_scores, read_tokens
+from serving.engine.program_store import ProgramStore
 from serving.engine.programs import SCORE_ROWS, ForwardProgram, ProgramFactory
 from serving.engine.sampling_state import SamplingState, no_piece, pieces
 from serving.scheduler.plan import PrefillChunk, StepPlan, StepResult
@@ -211,6 +212,7 @@ class ModelRunner:
             kernels=self.kernels,
             page_size=self.page_size,
             kv_dtype=self.kv_dtype,
+            store=ProgramStore.within(config.compilation_cache_dir, self.mesh),
             threshold=config.tbo_token_distribution_threshold,
         )
         self.mask_words = self._factory.mask_words
