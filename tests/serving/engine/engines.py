@@ -51,8 +51,8 @@ def optimised() -> Iterator[None]:
     """Forward programs of engines made here run three times as fast as conftest.py lets XLA make
     them, and take longer to compile: for tests that run many steps."""
     with pytest.MonkeyPatch.context() as patch:
-        level = {"xla_backend_optimization_level": 2}
-        patch.setattr(ProgramFactory, "options", lambda *_: level)
+        options = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+        patch.setattr(ProgramFactory, "options", lambda *_: options)
         yield
 
 
