@@ -9,7 +9,8 @@ from tests.fixtures import LAYOUTS, MLA_FIXTURES, load_fixture
 from tests.harness import MeshModel, check_prompts, sizes_for
 
 LAYOUT_CASES = [((1, 1, 1), "none"), *((w, x) for w in LAYOUTS for x in ("none", "all_to_all"))]
-# DeepSeek-V2 differs from V3 in how a token scores its experts alone, which no layout has a part in.
+# DeepSeek-V2 differs from V3 in how a token scores its experts alone, and no layout has a part in
+# that.
 CASES = [
     (name, *case)
     for name in MLA_FIXTURES

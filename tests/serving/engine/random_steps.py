@@ -65,7 +65,8 @@ def play(
     """
     tp, dp, ep = layout
     draw = random.Random(seed)
-    engine = fixture_engine(tp=tp, dp=dp, ep=ep, exchange=exchange, **{**SETTINGS, **OVERLAP, **flags})
+    flags = {**SETTINGS, **OVERLAP, **flags}
+    engine = fixture_engine(tp=tp, dp=dp, ep=ep, exchange=exchange, **flags)
     assert all(shape.cut for shape in engine.runner.buckets.shapes())
     prefixes = [[draw.randrange(9, 500) for _ in range(60)] for _ in range(6)]
     requests: dict[str, Request] = {}
