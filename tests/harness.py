@@ -37,8 +37,8 @@ KERNELS = Kernels(
 )
 """Every kernel, run as ordinary JAX operations."""
 OPTIMISED = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-"""For a program that runs many steps: it runs as fast as one of XLA's default level, several times
-as fast as conftest.py's, and takes half as long again as conftest.py's to compile."""
+"""For a program that runs many steps: it runs several times as fast as conftest.py's, and takes
+about twice as long to compile."""
 
 
 def lowered_for_cuda(fn: Callable[..., object], *args: jax.ShapeDtypeStruct) -> str:
