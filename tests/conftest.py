@@ -3,18 +3,21 @@ slowest files first."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 from serving.config import default_compilation_cache_dir
 
 # Compiling takes most of the tests' time: without optimisation a third less, and with XLA's older
-# code generators (which jaxlib 0.12 has no more, and ignores) a third of that. Servers and scripts
-# that tests start inherit all this. XLA_FLAGS="" in the environment tests what users run.
+# code generators (which jaxlib 0.12 has no more, and ignores) a third of that. Which Python line an
+# operation came from is not written into programs either. Servers and scripts that tests start
+# inherit all this. XLA_FLAGS="" in the environment tests what users run.
 os.environ.update(
     {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0 "
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "JAX_COMPILATION_CACHE_DIR": default_compilation_cache_dir() + "-tests",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -68,3 +71,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     last would keep one worker busy while the others have nothing left."""
     order = {f"tests/{file}": i for i, file in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes millions of small objects that nearly all live on: looking for cycles among
+    them as often as Python does by default took a tenth of the tests' time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)

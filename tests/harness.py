@@ -36,6 +36,9 @@ KERNELS = Kernels(
     interpret=True,
 )
 """Every kernel, run as ordinary JAX operations."""
+OPTIMISED = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+"""For a program that runs many steps: it runs several times as fast as conftest.py's, and takes
+about twice as long to compile."""
 
 
 def lowered_for_cuda(fn: Callable[..., object], *args: jax.ShapeDtypeStruct) -> str:
@@ -80,6 +83,7 @@ class MeshModel:
         fp8_dispatch: bool = False,
         kernels: Kernels = XLA,
         cut: int = 0,
+        optimised: bool = False,
     ) -> None:
         source = open_source(folder, keep_fp8=keep_fp8)
         self.config = source.config
@@ -95,6 +99,7 @@ class MeshModel:
             self.layout, exchange, fp8_dispatch=fp8_dispatch, deterministic=deterministic
         )
         self.kernels, self.cut = kernels, cut
+        self.options = OPTIMISED if optimised else {}
 
     @functools.cached_property
     def program(self) -> jax.stages.Compiled:
@@ -126,7 +131,7 @@ class MeshModel:
             [abstract_array(p.shape, p.dtype, self.mesh, p.spec) for p in self.spec.params],
             abstract_array(self.kv.shape, self.kv.dtype, self.mesh, pool_spec),
             [abstract_array(a.shape, a.dtype, self.mesh, spec) for a in batch if a.size],
-        ).compile()
+        ).compile(self.options)
 
     def _pack(self, slices: Sequence[SliceRows]) -> ForwardBatch:
         b, m, c = self.sizes

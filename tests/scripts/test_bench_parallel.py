@@ -14,7 +14,7 @@ from scripts.bench_parallel import Spread, account, chosen_layouts, exchange_us,
 from scripts.parallel_tables import decode_table, modelled_ms, overview, ratios
 from serving.config import parse_args
 from tests.fixtures import DATA
-from tests.serving.engine.engines import fixture_engine
+from tests.serving.engine.engines import fixture_engine, uncompiled
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -27,7 +27,8 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def runner():
-    return fixture_engine("deepseek_v2_lite", tp=2, dp=2, ep=2).runner
+    with uncompiled():
+        return fixture_engine("deepseek_v2_lite", tp=2, dp=2, ep=2).runner
 
 
 def facts(devices, slices, tokens, **more):

@@ -47,7 +47,9 @@ class Computer:
 
     def __init__(self, name, layout, exchange):
         def model(**sizes):
-            return MeshModel(DATA / name, layout, exchange, deterministic=True, **sizes)
+            return MeshModel(
+                DATA / name, layout, exchange, deterministic=True, optimised=True, **sizes
+            )
 
         self.prefill = model(decode_rows=2, prefill_rows=192, chunks=3)
         self.decode = model(decode_rows=DECODE_ROWS, prefill_rows=0, chunks=0)

@@ -13,6 +13,7 @@ from serving.engine.programs import ProgramFactory
 from serving.engine.runner import ModelRunner
 from serving.request import Request, SamplingParams
 from tests.fixtures import DATA
+from tests.harness import OPTIMISED
 
 
 def fixture_engine(name="deepseek_v3", *, tp=1, dp=1, ep=1, exchange="none", **flags) -> Engine:
@@ -51,8 +52,7 @@ def optimised() -> Iterator[None]:
     """Forward programs of engines made here run three times as fast as conftest.py lets XLA make
     them, and take longer to compile: for tests that run many steps."""
     with pytest.MonkeyPatch.context() as patch:
-        level = {"xla_backend_optimization_level": 2}
-        patch.setattr(ProgramFactory, "options", lambda *_: level)
+        patch.setattr(ProgramFactory, "options", lambda *_: OPTIMISED)
         yield
 
 

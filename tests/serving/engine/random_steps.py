@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections import Counter
+from typing import Any
 
 from serving.engine.engine import Engine
 from serving.request import Request
@@ -50,8 +51,10 @@ def burst(draw: random.Random, engine: Engine, prefixes: list[list[int]], serial
     return requests
 
 
-def play(layout: tuple[int, int, int], exchange: str, *, steps: int, seed: int) -> Counter[str]:
-    """Play random steps and check every token.
+def play(
+    layout: tuple[int, int, int], exchange: str, *, steps: int, seed: int, **flags: Any
+) -> Counter[str]:
+    """Play random steps and check every token; `flags` of the engine, besides SETTINGS.
 
     Returns:
         how often what happened: requests, aborts, retractions, steps by how many kinds of work
@@ -62,7 +65,8 @@ def play(layout: tuple[int, int, int], exchange: str, *, steps: int, seed: int) 
     """
     tp, dp, ep = layout
     draw = random.Random(seed)
-    engine = fixture_engine(tp=tp, dp=dp, ep=ep, exchange=exchange, **SETTINGS, **OVERLAP)
+    flags = {**SETTINGS, **OVERLAP, **flags}
+    engine = fixture_engine(tp=tp, dp=dp, ep=ep, exchange=exchange, **flags)
     assert all(shape.cut for shape in engine.runner.buckets.shapes())
     prefixes = [[draw.randrange(9, 500) for _ in range(60)] for _ in range(6)]
     requests: dict[str, Request] = {}
