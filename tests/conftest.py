@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Tracing makes millions of small objects that nearly all live on: looking for cycles among
-    them as often as Python does by default took a tenth of the tests' time."""
+    """Tracing makes millions of small objects that nearly all live on: Python need not look for
+    cycles among them as often as by default."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)

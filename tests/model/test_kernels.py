@@ -148,18 +148,17 @@ def run_extend(arrays, kv, numbers, prefixes, num_rows, kernels, rows=None):
 
 
 @pytest.mark.parametrize(
-    ("rows", "chunks", "shared"),  # chunks: (start, rows)
+    ("rows", "chunks", "shared", "heads"),  # chunks: (start, rows); a program has one head
     [
-        (32, [(0, 5), (7, 1), (120, 20)], ()),
-        (300, [(0, 150), (130, 140)], ()),
-        (256, [(0, 256)], ()),
-        (16, [], ()),
-        (130, [(500, 129)], ()),
-        (200, [(0, 90), (0, 1), (0, 100)], ()),
-        (150, [(96, 30), (96, 40), (96, 1), (32, 9), (32, 50)], (1, 2, 4)),
+        (32, [(0, 5), (7, 1), (120, 20)], (), 3),
+        (300, [(0, 150), (130, 140)], (), 3),
+        (256, [(0, 256)], (), 3),
+        (16, [], (), 3),
+        (130, [(500, 129)], (), 16),
+        (200, [(0, 90), (0, 1), (0, 100)], (), 3),
+        (150, [(96, 30), (96, 40), (96, 1), (32, 9), (32, 50)], (1, 2, 4), 3),
     ],
 )
-@pytest.mark.parametrize("heads", [3, 16])
 def test_extend_attention_equals_its_twin(rng, rows, chunks, shared, heads, monkeypatch):
     monkeypatch.setattr(extend, "MIN_PIECE", 64)  # prefixes take several pieces
     monkeypatch.setattr(extend, "MAX_PIECE", 128)
