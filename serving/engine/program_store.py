@@ -143,9 +143,8 @@ class ProgramStore:
         """Compile and keep a program; that it cannot be kept is only logged."""
         _thread.hit = False
         program = lowered.compile(definition.options)
-        # On CPU, what comes from XLA's cache lacks functions when it is written once more.
-        lacking = _thread.hit and self._devices[0].platform == "cpu"
-        if self._folder is None or not self._writes or lacking:
+        # What comes from XLA's cache lacks functions when it is written once more (seen on CPU).
+        if self._folder is None or not self._writes or _thread.hit:
             return program
         try:
             data = pickle.dumps(serialize(program))
