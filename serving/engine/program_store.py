@@ -20,13 +20,14 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import Mesh
 
@@ -139,6 +140,23 @@ class ProgramStore:
             os.utime(path)
         return program
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """While this lasts, XLA's own cache is off if this store takes its place.
+
+        On GPUs and TPUs it does: what XLA's cache gives is not kept (see `compile`), and would have
+        to be lowered at every start. On CPU, where lowering costs little, both are asked.
+        """
+        enabled = jax.config.jax_enable_compilation_cache
+        if self._folder is None or not enabled or self._devices[0].platform == "cpu":
+            yield
+            return
+        try:
+            _enable_xla_cache(False)
+            yield
+        finally:
+            _enable_xla_cache(enabled)
+
     def compile(self, definition: Definition, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Compile and keep a program; that it cannot be kept is only logged."""
         _thread.hit = False
@@ -232,6 +250,11 @@ def _write(path: Path, content: bytes) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def _enable_xla_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # else it goes by what it once found
 
 
 def _listen(event: str, **_: Any) -> None:

@@ -262,7 +262,8 @@ class ProgramFactory:
             log.info("compiled %s in %.1f s", definition.name, time.perf_counter() - started)
             return program
 
-        with ThreadPoolExecutor(max_workers=min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
+        threads = min(COMPILE_THREADS, os.cpu_count() or 1)
+        with self._store.compiling(), ThreadPoolExecutor(threads) as pool:
             found = [pool.submit(self._store.load, d) for d in definitions]
             missing = {
                 d.name: pool.submit(compile_one, d, d.lower())

@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,22 @@ def test_a_second_start_lowers_nothing_and_answers_the_same(cache, lowered, capl
     shutil.rmtree(cache / "programs")
     for _ in range(2):
         assert answers(start(cache)) == want
+
+
+@pytest.mark.parametrize(("platform", "asked"), [("cpu", True), ("cuda", False)])
+def test_on_gpus_the_store_takes_the_place_of_xlas_cache(cache, platform, asked):
+    store = ProgramStore(cache / "programs", MESH)
+    store._devices = [SimpleNamespace(platform=platform)]
+
+    def files_of_xla():
+        return [file for file in cache.iterdir() if file.is_file()]
+
+    before = len(files_of_xla())
+    with store.compiling():
+        jax.jit(lambda x: 7 * x + 3).lower(jnp.zeros(5)).compile()
+    assert (len(files_of_xla()) > before) == asked
+    jax.jit(lambda x: 8 * x + 3).lower(jnp.zeros(5)).compile()  # on again
+    assert len(files_of_xla()) > before
 
 
 def test_a_second_start_on_a_mesh(cache, lowered):
