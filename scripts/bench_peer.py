@@ -6,7 +6,7 @@ beside vLLM 0.26 on an H100 and the goals. The first starts with nothing compile
 the same programs and finds them compiled. Other engine flags go to both. For example:
 
   python scripts/bench_peer.py --device cuda
-  python scripts/bench_peer.py --device cuda --only step --profile
+  python scripts/bench_peer.py --device cuda --only step --profile --bandwidth 4.3e12
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def offline(programs: str, flags: Sequence[str]) -> list[Row]:
     return compared(OFFLINE, [*result["rows"], memory, start])
 
 
-def step(programs: str, kv_tokens: int | None, profile: bool, flags: Sequence[str]) -> list[Row]:
+def step(programs: str, kv_tokens: int | None, flags: Sequence[str]) -> list[Row]:
     """Steps. With as many `kv_tokens` as `offline` had, its programs are used again."""
-    own = ["--compilation-cache-dir", programs, *(["--profile"] if profile else [])]
+    own = ["--compilation-cache-dir", programs]
     start: dict[str, Any] = {"start": "compiled before"}
     if kv_tokens is not None:
         own += ["--max-total-tokens", str(kv_tokens)]
@@ -139,7 +139,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--only", choices=("step", "offline"), help="one of the two benchmarks")
     parser.add_argument("--profile", action="store_true", help="where the steps' time goes")
+    parser.add_argument("--bandwidth", help="bytes/s of the steps' floor, see bench_step.py")
     args, flags = parser.parse_known_args(argv)
+    of_step = ["--profile"] if args.profile else []
+    if args.bandwidth is not None:
+        of_step += ["--bandwidth", args.bandwidth]
     rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory() as programs:
@@ -147,7 +151,7 @@ def main(argv: list[str]) -> int:
                 rows += offline(programs, flags)
             if args.only != "offline":
                 found = [row["measured"] for row in rows if row["what"] == "memory"]
-                rows += step(programs, found[0] if found else None, args.profile, flags)
+                rows += step(programs, found[0] if found else None, [*of_step, *flags])
     except RuntimeError as error:
         print(f"bench_peer: error: {error}", file=sys.stderr)
         return 1

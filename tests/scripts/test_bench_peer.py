@@ -56,7 +56,8 @@ def test_the_workloads_are_those_of_the_offline_benchmark(monkeypatch, capsys):
     flags = given["bench_step.py"]
     assert flags[flags.index("--max-total-tokens") + 1] == "1500000"
     # Alone it finds nothing, so that its start is no second one.
-    assert bench_peer.main(["--only", "step"]) == 0
+    assert bench_peer.main(["--only", "step", "--bandwidth", "4.3e12"]) == 0
+    assert given["bench_step.py"][-2:] == ("--bandwidth", "4.3e12")
     lines = capsys.readouterr().out.splitlines()
     assert "-" in next(line for line in lines if line.startswith("compiled before"))
     assert len(OFFLINE) == 4
