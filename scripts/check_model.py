@@ -49,8 +49,8 @@ Step = tuple[str, list[tuple[int, int]], list[tuple[int, int, int]]]
 def steps(unit: int) -> list[Step]:
     """Prompts of some `unit`s of tokens: with 100 of 1,900 to 3,000 rows, enough for any kernel."""
     chunks = [(0, 0, 7 * unit), (1, 0, 12 * unit)]
-    behind = [(0, 7 * unit, 6 * unit), (1, 12 * unit, 7 * unit)]
-    further = [(0, 13 * unit, 9 * unit), (1, 19 * unit, 21 * unit)]
+    behind = [(0, 7 * unit, 9 * unit), (1, 12 * unit, 10 * unit)]
+    further = [(0, 16 * unit, 6 * unit), (1, 22 * unit, 18 * unit)]
     decodes = [(0, 22 * unit), (1, 40 * unit)]
     return [
         ("prompts", [], chunks),

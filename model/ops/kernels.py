@@ -26,7 +26,8 @@ HopperImplementation = Implementation | Literal["hopper"]
 """Of operations that have another kernel for GPUs of compute capability 9.0."""
 
 PrefixesFound = Literal["none", "some", "perhaps"]
-"""What a program is for: steps in which no chunk, or some chunk, begins behind cached tokens."""
+"""Which steps a program is for: no chunk begins behind cached tokens; at least one is expected to,
+though it need not; nothing is known."""
 
 MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
@@ -49,8 +50,8 @@ class Kernels:
         dense: products of a few rows with a layer of stacked weights.
         unroll: how many layers of a segment become straight code in a decode program; the whole
             segment if that is not more. More takes longer to compile and copies fewer weights.
-        prefixes: whether prompt chunks begin behind cached tokens, which extend attention of MLA in
-            Pallas else has to ask. It is right where "some" have none, but not at its best.
+        prefixes: what is known of prompt chunks that begin behind cached tokens; extend attention
+            of MLA in Pallas has fewer kernels the more is known.
         interpret: run kernels as ordinary JAX operations (tests on CPU).
     """
 
@@ -73,8 +74,10 @@ XLA = Kernels()
 def lowered_once(*static: str) -> Callable[[Callable[..., Any]], Any]:
     """A function around kernels that a program lowers once, however often it calls it.
 
-    Most of a warm start is the lowering of kernels, which holds the interpreter's lock; XLA
-    inlines the calls. Args: `static`: names of arguments that are no arrays.
+    Lowering a kernel holds the interpreter's lock and is a good part of a first start; XLA inlines
+    the calls. A module's constants are read when sizes are met for the first time.
+
+    Args: static: names of arguments that are no arrays.
     """
     return functools.partial(jax.jit, static_argnames=static)
 

@@ -74,7 +74,6 @@ def add_and_norm(
     return _call(x, stack, layer, (parts,), eps=eps, scale=scale, interpret=interpret)
 
 
-@lowered_once("eps", "scale", "interpret")
 def _call(
     x: jax.Array,
     stack: jax.Array,
@@ -85,8 +84,23 @@ def _call(
     scale: float,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
+    rows = ROWS if len(x) >= MANY_ROWS else 1
+    return _call_with(x, stack, layer, parts, rows=rows, eps=eps, scale=scale, interpret=interpret)
+
+
+@lowered_once("rows", "eps", "scale", "interpret")
+def _call_with(
+    x: jax.Array,
+    stack: jax.Array,
+    layer: jax.Array,
+    parts: tuple[jax.Array, ...],
+    *,
+    rows: int,
+    eps: float,
+    scale: float,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
     t, width = x.shape
-    rows = ROWS if t >= MANY_ROWS else 1
     operands = (x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32), *parts)
     outputs = 1 + len(parts)
     columns = 1 << (width - 1).bit_length()

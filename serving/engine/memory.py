@@ -16,6 +16,7 @@ from serving.engine.sampling_state import abstract_state
 
 CPU_POOL_BYTES = 256 << 20
 """KV pool of an emulated device, which has no memory of its own to measure."""
+MANY_PAGES, PAGES_STEP = 4096, 64
 MAX_POOL_BYTES = 1 << 40
 """No device holds more; a larger --max-total-tokens is a slip of the finger."""
 ACCELERATOR_SLACK_BYTES = 256 << 20
@@ -42,8 +43,13 @@ def tokens_in(pages: int, page_size: int) -> int:
 
 
 def pages_in(pool_bytes: int, page_bytes: int) -> int:
-    """Pages, the sink among them, that fit into a device's bytes; 0 if none do."""
-    return max(0, pool_bytes // page_bytes)
+    """Pages, the sink among them, that fit into a device's bytes; 0 if none do.
+
+    Of many, a multiple of PAGES_STEP: programs are compiled for a number of pages, and the next
+    start, with some bytes more or less that are free, is to find them.
+    """
+    pages = max(0, pool_bytes // page_bytes)
+    return pages - pages % PAGES_STEP if pages >= MANY_PAGES else pages
 
 
 def mask_words(vocab: int) -> int:

@@ -40,6 +40,9 @@ log = logging.getLogger("meshserve.engine")
 
 FOLDER = "programs"
 """Where programs are inside the compilation cache."""
+NAME = re.compile("[0-9a-f]{64}")
+PART = ".part-"
+"""How a kept program's file is named, and how one begins that is being written."""
 KEPT_DAYS = 30
 """A program that no start has used for so long is deleted."""
 PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "ml-dtypes", "nvidia", "libtpu")
@@ -105,6 +108,7 @@ class ProgramStore:
             return
         try:
             _prepare(folder)
+            self._writes = os.access(folder, os.W_OK)
         except OSError as error:
             log.warning("compiled programs are not kept: %s", error)
             self._folder = None
@@ -144,11 +148,12 @@ class ProgramStore:
     def compiling(self) -> Iterator[None]:
         """While this lasts, XLA's own cache is off if this store takes its place.
 
-        On GPUs and TPUs it does: what XLA's cache gives is not kept (see `compile`), and would have
-        to be lowered at every start. On CPU, where lowering costs little, both are asked.
+        On GPUs it does: what XLA's cache gives is not kept (see `compile`), and would have to be
+        lowered at every start. On CPU, where lowering costs little, both are asked.
         """
         enabled = jax.config.jax_enable_compilation_cache
-        if self._folder is None or not enabled or self._devices[0].platform == "cpu":
+        on_gpus = self._devices[0].platform in ("cuda", "gpu")
+        if self._folder is None or not self._writes or not enabled or not on_gpus:
             yield
             return
         try:
@@ -167,9 +172,11 @@ class ProgramStore:
         try:
             data = pickle.dumps(serialize(program))
             _write(self._path(definition), hashlib.sha256(data).digest() + data)
-        except Exception as error:  # a full disk, or a back end that cannot write programs
+        except OSError as error:  # a full disk
             log.warning("compiled programs are not kept from here on: %s", error)
             self._writes = False
+        except Exception as error:  # what JAX or XLA cannot write
+            log.warning("the compiled program %s is not kept: %s", definition.name, error)
         return program
 
     def _path(self, definition: Definition) -> Path:
@@ -223,11 +230,13 @@ def _processor() -> str:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder, and delete what is old in it.
+    """Make the folder, and delete old programs in it; what else is there is not ours.
 
     Raises:
-        OSError: it cannot be made, or others could have written to it.
+        OSError: it cannot be made, is a link, or others could have written to it.
     """
+    if folder.is_symlink():
+        raise PermissionError(f"{folder} is a link")
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.stat()
@@ -235,6 +244,8 @@ def _prepare(folder: Path) -> None:
         raise PermissionError(f"others than you can write to {folder}")
     oldest = time.time() - KEPT_DAYS * 24 * 3600
     for file in folder.iterdir():
+        if not (NAME.fullmatch(file.name) or file.name.startswith(PART)):
+            continue
         with contextlib.suppress(OSError):
             if file.stat().st_mtime < oldest:
                 file.unlink()
@@ -242,7 +253,7 @@ def _prepare(folder: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """All of a file or nothing, however many write it at once."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=PART, delete=False) as file:
         try:
             file.write(content)
             file.close()

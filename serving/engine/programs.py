@@ -63,7 +63,8 @@ GRAPH_OPTIONS = {
 }
 """For programs of one NVIDIA GPU: kernels run as soon as what they read is there."""
 PREFILL_OPTIONS = {
-    # Products of many rows are cuBLAS's whatever else is tried, which takes most of compiling.
+    # Products of 2,048 rows and more are cuBLAS's whatever else is tried, and trying takes most of
+    # compiling.
     "xla_gpu_enable_triton_gemm": False,
     # Two products of the same rows made one are cut apart again, which copies both.
     "xla_gpu_dot_merger_threshold_mb": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from model.ops.mla_attention import extend, hopper
 from scripts import check_model
 from tests.fixtures import DATA
 from tests.harness import KERNELS
@@ -19,6 +20,16 @@ def test_kernels_of_a_whole_model_are_compared_with_its_definition(monkeypatch, 
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert (row["step"], row["result"]) == (last[0], "good")
     assert row["kernels"] != row["definition"]
+
+
+def test_prefixes_have_one_piece_and_several():
+    unit, pieces = 100, []
+    for _, _, chunks in check_model.steps(unit):
+        rows = -(-sum(n for _, _, n in chunks) // check_model.ROWS) * check_model.ROWS
+        size = min(extend.MAX_PIECE, max(extend.MIN_PIECE, rows))
+        pieces.append(-(-sum(start for _, start, _ in chunks) // size))
+        assert rows >= hopper.LEAST_ROWS
+    assert pieces == [0, 1, 2, 0]
 
 
 def test_one_bad_step_is_an_error(monkeypatch):

@@ -165,7 +165,7 @@ def extend_attention(
         return met([new], state)
 
     pieces = (prefixes.ends[-1] + size - 1) // size
-    branches = [lambda: met([piece(0), new], None), several]
-    if found == "perhaps":
-        branches.insert(0, lambda: met([new], None))
-    return lax.switch(pieces - 3 + len(branches), branches)  # which bounds the number
+    branches = [lambda: met([new], None), lambda: met([piece(0), new], None), several]
+    fewest = 0 if found == "perhaps" else 1  # an empty piece is right, too
+    # With more pieces than branches the last one is taken, with none the first.
+    return lax.switch(pieces - fewest, branches[fewest:])

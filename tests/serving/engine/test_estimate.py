@@ -20,7 +20,7 @@ from serving.engine.buckets import make_buckets
 from serving.engine.dry_run import dry_run
 from serving.engine.engine import make_engine
 from serving.engine.estimate import describe, estimate, worth
-from serving.engine.memory import step_bytes
+from serving.engine.memory import MANY_PAGES, PAGES_STEP, pages_in, step_bytes
 from sharding.layout import LayoutError, make_layout
 from sharding.sources import open_source
 from sharding.step import ModelSpec
@@ -245,3 +245,10 @@ def test_a_launch_logs_the_estimate_before_loading(caplog):
     assert describe(estimated("deepseek_v2_lite", (1, 1, 1)), "x")[0].startswith(
         "x: deepseek_v2, MLA"
     )
+
+
+def test_a_few_bytes_more_or_less_give_the_same_pool():
+    page, many = 31_104 * 16, MANY_PAGES + PAGES_STEP
+    assert {pages_in(many * page + more, page) for more in (0, 17, 60 * page)} == {many}
+    assert pages_in((MANY_PAGES - 1) * page, page) == MANY_PAGES - 1
+    assert pages_in(-page, page) == 0
