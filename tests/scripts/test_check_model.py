@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from model.ops.mla_attention import extend, hopper
 from scripts import check_model
 from tests.fixtures import DATA
 from tests.harness import KERNELS
 
 FLAGS = ["--model-path", str(DATA / "deepseek_v2_lite"), "--device", "cpu", "--unit", "1"]
+
+
+@pytest.fixture(autouse=True)
+def configured(monkeypatch):
+    """The devices of this process are chosen already."""
+    monkeypatch.setattr(check_model, "configure_jax", lambda config: None)
 
 
 def test_kernels_of_a_whole_model_are_compared_with_its_definition(monkeypatch, capsys):
