@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from scripts.bench_step import device_events
-from scripts.benchmarking import emit, say, table
+from scripts.benchmarking import emit, own_parser, say, table
 from serving.config import ConfigError, ServerConfig
 from serving.engine.engine import configure_jax, resolve_layout
 from serving.engine.runner import resolve_dtype
@@ -250,11 +250,7 @@ def options(text: str) -> Options:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--tp", type=int, default=2, help="devices (default: 2)")
     parser.add_argument("--dp", type=int, default=2, help="dp slices (default: 2)")
     parser.add_argument("--ep", type=int, default=2, help="expert groups (default: 2)")

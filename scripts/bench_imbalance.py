@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.bench_offline import SHAPES, configured
-from scripts.benchmarking import emit, percentile, say, table
+from scripts.benchmarking import emit, own_parser, percentile, say, table
 from scripts.workloads import Tokens, Vocabulary
 from serving.config import ServerConfig
 from serving.engine.engine import (
@@ -198,11 +198,7 @@ def measure(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     add = parser.add_argument
     add("--shape", choices=tuple(SHAPES), help="dummy weights of this published configuration")
     add(

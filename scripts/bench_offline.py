@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarking import emit, percentile, say, table
+from scripts.benchmarking import emit, own_parser, percentile, say, table
 from scripts.workloads import Session, Tokens, Vocabulary, independent, shared_prefix
 from serving.config import ConfigError, ServerConfig, default_compilation_cache_dir, parse_args
 from serving.engine.engine import CompileCounter, Engine, configure_jax, describe, make_engine
@@ -331,11 +331,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument(
         "--workloads",
         type=lambda text: tuple(text.split(",")),

@@ -41,7 +41,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scripts.bench_offline import SHAPES, configured
 from scripts.bench_step import Plans, collective_time, covered, device_events, run
-from scripts.benchmarking import emit, say, table
+from scripts.benchmarking import emit, own_parser, say, table
 from scripts.parallel_tables import Row, Rows, decode_table, first, modelled_ms, overview, ratios
 from serving.config import ServerConfig
 from serving.engine.engine import configure_jax, open_weights, resolve_layout
@@ -483,11 +483,7 @@ def pair(text: str) -> tuple[int, int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     add = parser.add_argument
     add("--shape", choices=tuple(SHAPES), help="dummy weights of this published configuration")
     add("--layers", type=int, help="the first ones of --shape only, for models that do not fit")

@@ -11,7 +11,6 @@ the same programs and finds them compiled. Other engine flags go to both. For ex
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarking import Row, emit, say, table
+from scripts.benchmarking import Row, emit, own_parser, say, table
 
 SCRIPTS = Path(__file__).resolve().parent
 COMMON = ("--shape", "deepseek-v2-lite", "--context-length", "8192")
@@ -132,11 +131,7 @@ def step(programs: str, kv_tokens: int | None, flags: Sequence[str]) -> list[Row
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--only", choices=("step", "offline"), help="one of the two benchmarks")
     parser.add_argument("--profile", action="store_true", help="where the steps' time goes")
     parser.add_argument("--bandwidth", help="bytes/s of the steps' floor, see bench_step.py")

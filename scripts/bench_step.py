@@ -35,7 +35,7 @@ import numpy as np
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 from scripts.bench_offline import SHAPES, configured
-from scripts.benchmarking import emit, say, table
+from scripts.benchmarking import emit, own_parser, say, table
 from serving.engine.engine import configure_jax, open_weights, resolve_layout
 from serving.engine.runner import ModelRunner
 from serving.request import SamplingParams
@@ -369,11 +369,7 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument(
         "--shape",
         choices=tuple(SHAPES),

@@ -6,6 +6,7 @@ with the commit, so that a number can always be traced to what produced it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -27,6 +28,15 @@ def commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def own_parser(description: str | None) -> argparse.ArgumentParser:
+    """For a script's own flags beside the engine's: those it does not know go on, none is cut."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def percentile(values: Iterable[float], p: float) -> float:

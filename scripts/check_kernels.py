@@ -11,7 +11,6 @@ the definition's result (both round to bfloat16), or if anything is not finite. 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
@@ -36,7 +35,7 @@ from model.ops.kernels import HOPPER, XLA, HopperImplementation, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
 from model.ops.mla_attention import hopper as hopper_attention
 from model.quantization import FP8, BlockFP8
-from scripts.benchmarking import Row, emit, say, table
+from scripts.benchmarking import Row, emit, own_parser, say, table
 
 BF16 = jnp.bfloat16
 BOUND = 0.012
@@ -316,6 +315,11 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
             yield f"products {tokens} rows{', FP8' if fp8 else ''}", run
 
 
+def relative_difference(got: np.ndarray, want: np.ndarray) -> float:
+    """The norm of the difference, relative to that of what it should be."""
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+
+
 def compared(case: Case) -> dict[str, Any]:
     """A line of the table: what differs by how much, or what went wrong."""
     name, run = case
@@ -324,7 +328,7 @@ def compared(case: Case) -> dict[str, Any]:
         got, want = (np.asarray(jnp.asarray(a).astype(jnp.float32)) for a in run())
     except Exception as error:  # one case must not hide the others
         return {"case": name, "result": "bad", "why": f"{type(error).__name__}: {error}"[:300]}
-    difference = float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+    difference = relative_difference(got, want)
     exact = name.startswith(("routing", "sort"))
     good = bool(np.isfinite(got).all()) and difference <= (0 if exact else BOUND)
     row = {"case": name, "result": "good" if good else "bad", "difference": difference}
@@ -332,11 +336,7 @@ def compared(case: Case) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument(
         "--only",
         type=lambda text: text.split(","),

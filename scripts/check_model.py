@@ -11,7 +11,6 @@ it costs the kernels. They are bad if theirs is more than half as much again. Fo
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,8 @@ from jax.sharding import PartitionSpec
 from model.batch import ForwardBatch
 from model.ops.kernels import XLA, Kernels
 from scripts.bench_offline import SHAPES, configured
-from scripts.benchmarking import Row, emit, say, table
+from scripts.benchmarking import Row, emit, own_parser, say, table
+from scripts.check_kernels import relative_difference
 from serving.config import ServerConfig
 from serving.engine.engine import configure_jax, open_weights, resolve_layout
 from serving.engine.implementations import choose_kernels
@@ -143,11 +143,7 @@ def compare(config: ServerConfig, unit: int, seed: int) -> Iterator[Row]:
     for step in steps(unit):
         batch = batch_of(step, tokens, pages)
         got, rounded, want = (model.logits(batch) for model in chosen)
-
-        def difference(logits: np.ndarray, want: np.ndarray = want) -> float:
-            return float(np.linalg.norm(logits - want) / np.linalg.norm(want))
-
-        ours, theirs = difference(got), difference(rounded)
+        ours, theirs = (relative_difference(logits, want) for logits in (got, rounded))
         same = [int((a.argmax(-1) == want.argmax(-1)).sum()) for a in (got, rounded)]
         good = bool(np.isfinite(got).all()) and ours <= MUCH * theirs
         yield {
@@ -161,11 +157,7 @@ def compare(config: ServerConfig, unit: int, seed: int) -> Iterator[Row]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--shape", choices=tuple(SHAPES), help="instead of --model-path")
     parser.add_argument("--layers", type=int, help="the first ones of --shape only")
     parser.add_argument("--unit", type=int, default=100, help="scale of the prompts (default: 100)")

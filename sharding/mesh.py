@@ -28,6 +28,11 @@ def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(grid, layout.axis_names)
 
 
+def is_gpu(platform: str) -> bool:
+    """Whether devices of this platform are NVIDIA GPUs, which have two names in JAX."""
+    return platform in ("cuda", "gpu")
+
+
 def by_slice(mesh: Mesh, layout: Layout) -> NamedSharding:
     """The sharding of arrays with a leading dp-slice dimension (batches, KV pool, logits)."""
     return NamedSharding(mesh, PartitionSpec(layout.attn_dp))

@@ -56,7 +56,7 @@ def rms_norm(
     x: jax.Array, stack: jax.Array, layer: jax.Array, eps: float, *, interpret: bool = False
 ) -> jax.Array:
     """See `model.layers.rms_norm`: x [T, D], the weights stack[layer] of [L, D]."""
-    (out,) = _call(x, stack, layer, (), eps=eps, scale=1.0, interpret=interpret)
+    (out,) = _call(x, stack, layer, (), rows=_rows(len(x)), eps=eps, scale=1.0, interpret=interpret)
     return out
 
 
@@ -71,25 +71,18 @@ def add_and_norm(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `model.layers.add_and_norm`: x [T, D], parts [P, T, D], the weights stack[layer]."""
-    return _call(x, stack, layer, (parts,), eps=eps, scale=scale, interpret=interpret)
+    return _call(
+        x, stack, layer, (parts,), rows=_rows(len(x)), eps=eps, scale=scale, interpret=interpret
+    )
 
 
-def _call(
-    x: jax.Array,
-    stack: jax.Array,
-    layer: jax.Array,
-    parts: tuple[jax.Array, ...],
-    *,
-    eps: float,
-    scale: float,
-    interpret: bool,
-) -> tuple[jax.Array, ...]:
-    rows = ROWS if len(x) >= MANY_ROWS else 1
-    return _call_with(x, stack, layer, parts, rows=rows, eps=eps, scale=scale, interpret=interpret)
+def _rows(tokens: int) -> int:
+    """That a program takes."""
+    return ROWS if tokens >= MANY_ROWS else 1
 
 
 @lowered_once("rows", "eps", "scale", "interpret")
-def _call_with(
+def _call(
     x: jax.Array,
     stack: jax.Array,
     layer: jax.Array,

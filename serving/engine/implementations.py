@@ -23,6 +23,7 @@ from model.ops.mla_attention import triton as triton_attention
 from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
+from sharding.mesh import is_gpu
 from sharding.rules import padded_sizes
 from sharding.step import FP8Blocks
 
@@ -55,7 +56,7 @@ def choose_kernels(
     """
     fp8 = fp8 or {}
     refused = {path: why for path, (s, b) in fp8.items() if (why := fp8_unsupported(s, b))}
-    here = None if platform in ("cuda", "gpu") else f"they need an NVIDIA GPU, this is {platform}"
+    here = None if is_gpu(platform) else f"they need an NVIDIA GPU, this is {platform}"
     attention = _chosen(
         "--attention-backend", config.attention_backend, here or _no_attention(model)
     )

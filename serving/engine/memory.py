@@ -17,6 +17,7 @@ from serving.engine.sampling_state import abstract_state
 CPU_POOL_BYTES = 256 << 20
 """KV pool of an emulated device, which has no memory of its own to measure."""
 MANY_PAGES, PAGES_STEP = 4096, 64
+"""See `pages_in`."""
 MAX_POOL_BYTES = 1 << 40
 """No device holds more; a larger --max-total-tokens is a slip of the finger."""
 ACCELERATOR_SLACK_BYTES = 256 << 20

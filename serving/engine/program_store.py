@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 import model
 import serving
 import sharding
+from sharding.mesh import is_gpu
 from sharding.step import sharded
 
 log = logging.getLogger("meshserve.engine")
@@ -152,8 +153,8 @@ class ProgramStore:
         lowered at every start. On CPU, where lowering costs little, both are asked.
         """
         enabled = jax.config.jax_enable_compilation_cache
-        on_gpus = self._devices[0].platform in ("cuda", "gpu")
-        if self._folder is None or not self._writes or not enabled or not on_gpus:
+        keeps = self._folder is not None and self._writes
+        if not (enabled and keeps and is_gpu(self._devices[0].platform)):
             yield
             return
         try:

@@ -37,6 +37,7 @@ from serving.engine.sampling_state import (
     set_up,
 )
 from sharding.comm import MeshComm
+from sharding.mesh import is_gpu
 from sharding.step import ModelSpec, abstract_array
 
 log = logging.getLogger("meshserve.engine")
@@ -205,7 +206,7 @@ class ProgramFactory:
 
     def options(self, shape: Shape) -> dict[str, Any] | None:
         """What XLA is told for a forward program beside what it is told for all; None: nothing."""
-        if self.mesh.devices.flat[0].platform not in ("cuda", "gpu"):
+        if not is_gpu(self.mesh.devices.flat[0].platform):
             return None
         options = dict(PREFILL_OPTIONS if shape.prefill_rows else {})
         if shape.cut:

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from serving.config import default_compilation_cache_dir
+from tests.harness import OPTIMISED
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180
@@ -44,9 +45,8 @@ def running_server(*flags: str, optimised: bool = False) -> Iterator[str]:
     port = free_port()
     env = environment()
     if optimised:
-        # As tests/harness.py's OPTIMISED; the last one counts.
-        env["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
-        env["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
+        for name, value in OPTIMISED.items():  # of a flag given twice the last one counts
+            env["XLA_FLAGS"] += f" --{name}={str(value).lower()}"
     process = subprocess.Popen(
         command(
             *("--device", "cpu", "--port", str(port)),

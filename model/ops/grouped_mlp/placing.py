@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from model.ops.kernels import largest_block, lowered_once, whole
+from model.ops.kernels import largest_block, whole
 
 PAIRS = 128
 """That one program of `place` finds places for."""
@@ -85,7 +85,6 @@ def _place_kernel(
     used_ref[...] = jnp.sum(blocks)[None]
 
 
-@lowered_once("experts", "rows", "interpret")
 def place(
     expert_ids: jax.Array, experts: int, rows: int, *, interpret: bool = False
 ) -> tuple[jax.Array, Blocks]:
@@ -140,7 +139,6 @@ def _spread_kernel(x_ref, places_ref, out_ref, *, k: int, columns: int):
         plgpu.store(out_ref.at[place[:, None], column], x, mask=live[:, None])
 
 
-@lowered_once("size", "interpret")
 def spread(x: jax.Array, places: jax.Array, size: int, *, interpret: bool = False) -> jax.Array:
     """[size, D] with every token's row at each of its places, undefined elsewhere.
 
