@@ -306,7 +306,12 @@ def _kernel(
         return [next(given) for _ in range(number)]
 
     q_nope_ref, q_rope_ref, chunks_of_blocks_ref = take(3)
-    sources = [Source(Expanded(*take(3)), Chunks(*take(4)), each) for each in causal]
+
+    def take_source(causal: bool) -> Source:
+        *expanded, chunks = take(4)
+        return Source(Expanded(*expanded), Chunks(*(chunks.at[i] for i in range(4))), causal)
+
+    sources = [take_source(each) for each in causal]
     state, outs, shared = take(2 * starts), take(1 if causal[-1] else 2), _Shared(*given)
     group, head = lax.axis_index("group"), lax.axis_index("head")
     # Last rows first: they see the most keys, and what begins late should be short.
@@ -394,7 +399,9 @@ def attend(
     operands = [_whole_tiles(q_nope), _whole_tiles(q_rope), table]
     for source in sources:
         chunks = source.chunks._replace(first_row=source.chunks.first_row + ahead)
-        operands += [*map(_whole_tiles, source.expanded), *chunks]
+        # One new array: kernels of Mosaic refuse what does not begin at a multiple of 256 bytes,
+        # and these may be slices, which XLA does not copy.
+        operands += [*map(_whole_tiles, source.expanded), jnp.stack(chunks)]
     if sources[-1].causal:
         shapes = [jax.ShapeDtypeStruct((*operands[0].shape[:2], value), q_nope.dtype)]
     else:
