@@ -14,7 +14,8 @@ from flax import nnx
 
 from model.comm import Comm
 from model.ops import norm
-from model.ops.dense import StackedWeight, matmul, sum_parts
+from model.ops.dense import MAX_ROWS, StackedWeight, matmul, sum_parts
+from model.ops.grouped_mlp import hopper
 from model.ops.kernels import XLA, Kernels
 
 Axis = Literal["heads", "kv_heads", "vocab", "mlp", "experts", "expert_mlp"] | None
@@ -88,8 +89,26 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
+def gated_mlp(x: jax.Array, w1: Any, w2: Any, kernels: Kernels = XLA) -> jax.Array:
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202), [T, D] -> [T, D].
+
+    Args:
+        w1: [D, 2, F], gate and up; w2: [F, D], down; arrays or layers of stacks.
+    """
+    on_hopper = (  # where SwiGLU costs nothing
+        kernels.grouped_mlp == "hopper"
+        and len(x) > MAX_ROWS
+        and all(isinstance(w, StackedWeight) and isinstance(w.stack, jax.Array) for w in (w1, w2))
+        and hopper.unsupported(hopper.HOPPER, x.dtype, x.shape[1], w2.stack.shape[1]) is None
+    )
+    if on_hopper:
+        return hopper.gated_mlp(x, w1.stack, w2.stack, w1.layer, interpret=kernels.interpret)
+    gate, up = jnp.moveaxis(matmul(x, w1, 1, kernels), 1, 0)
+    return matmul(jax.nn.silu(gate) * up, w2, 1, kernels)
+
+
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up share one matrix."""
+    """`gated_mlp`. Gate and up share one matrix."""
 
     def __init__(self, make: ParamFactory, width: int, intermediate: int) -> None:
         self.gate_up = make.normal((width, 2, intermediate), (None, None, "mlp"))
@@ -97,8 +116,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, kernels: Kernels = XLA) -> jax.Array:
         """[T, D] -> [T, D], a partial sum where the width is cut over devices."""
-        gate, up = jnp.moveaxis(matmul(x, self.gate_up.get_value(), 1, kernels), 1, 0)
-        return matmul(jax.nn.silu(gate) * up, self.down.get_value(), 1, kernels)
+        return gated_mlp(x, self.gate_up.get_value(), self.down.get_value(), kernels)
 
 
 class Embedding(nnx.Module):

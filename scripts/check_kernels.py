@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.batch import find_prefixes
-from model.layers import add_and_norm
+from model.layers import add_and_norm, gated_mlp
 from model.ops import routing
 from model.ops.dense import StackedWeight, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp, hopper
@@ -197,6 +197,22 @@ def experts(
     return run(kernels(many)), run(XLA)
 
 
+def dense_mlp(seed: int, tokens: int) -> tuple[Any, Any]:
+    draw, width, inner = Draw(seed), 2048, 2816
+    x = draw.normal(tokens, width)
+    w1 = draw.normal(2, width, 2, inner, scale=width**-0.5)
+    w2 = draw.normal(2, inner, width, scale=inner**-0.5)
+
+    def run(which: Kernels) -> jax.Array:
+        def one(x: jax.Array, *stacks: jax.Array) -> jax.Array:
+            weights = (StackedWeight(stack=stack, layer=jnp.int32(1)) for stack in stacks)
+            return gated_mlp(x, *weights, which)
+
+        return jax.jit(one)(x, w1, w2)
+
+    return run(kernels("hopper")), run(XLA)
+
+
 def routes(seed: int, tokens: int, groups: routing.Groups | None) -> tuple[Any, Any]:
     """The logits' own precision decides: against float64, the ids of every row."""
     draw, width, k = Draw(seed), 2048, 6
@@ -292,6 +308,8 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
         ):
             run = functools.partial(experts, seed, tokens, load, which)
             yield f"experts {which} {tokens} tokens, {load}", run
+    for tokens in (777, 8448) if on_hopper else ():
+        yield f"dense MLP {tokens} rows", functools.partial(dense_mlp, seed, tokens)
     for tokens in (1, 64, 300):
         yield (
             f"experts pallas {tokens} tokens",

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model import layers
+from model.ops.dense import StackedWeight
 from model.ops.grouped_mlp import grouped_mlp, hopper, placing
 from model.ops.kernels import XLA
 from tests.harness import KERNELS, lowered_for_cuda
@@ -132,3 +134,20 @@ def test_they_lower_for_cuda():
         *(array(26, 64, 2048, 2, 1408), array(26, 64, 1408, 2048), array(dtype="int32")),
     )
     assert text.count("mosaic_gpu") >= 2
+
+
+def test_a_dense_mlp_equals_its_definition(rng, monkeypatch):
+    hopper.gated_mlp.clear_cache()
+    monkeypatch.setattr(hopper, "PROCESSORS", PROCESSORS)
+    monkeypatch.setattr(layers, "MAX_ROWS", 0)
+    rows = hopper.ROWS + 17  # the last block begins early
+    x, *stacks = (
+        jnp.asarray(rng.standard_normal(shape) * WIDTH**-0.5, jnp.bfloat16)
+        for shape in ((rows, WIDTH), (2, WIDTH, 2, INNER), (2, INNER, WIDTH))
+    )
+    weights = [StackedWeight(stack=stack, layer=jnp.int32(1)) for stack in stacks]
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "matmul", None)  # not by the definition
+        got = layers.gated_mlp(x, *weights, HOPPER)
+    assert_close((got, layers.gated_mlp(x, *weights)))
+    hopper.gated_mlp.clear_cache()

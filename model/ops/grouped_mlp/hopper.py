@@ -167,11 +167,15 @@ def _tiles_kernel(
 
         lax.fori_loop(0, mine, body, None)
 
+    def first_row(block) -> jax.Array:
+        """Where rows are no multiple of a block, the last one begins earlier."""
+        return jnp.minimum(block * ROWS, x_ref.shape[0] - ROWS)
+
     def copy(block, column, step) -> None:
         first_depth = (layer_ref[0] * experts + expert_ref[block]) * depth
         at = column * halves * HALF
         other = at + (width if gated else HALF)
-        _copy_tile(ring, x_ref, w_ref, step, block * ROWS, first_depth, (at, other))
+        _copy_tile(ring, x_ref, w_ref, step, first_row(block), first_depth, (at, other))
 
     def compute(block, column, step) -> None:
         first, second = _multiply_tile(ring, group, step, steps)
@@ -181,7 +185,7 @@ def _tiles_kernel(
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[group] = result.astype(out_smem.dtype)
             mgpu.commit_smem()
-            rows = pl.ds(block * ROWS + group * PART, PART)
+            rows = pl.ds(first_row(block) + group * PART, PART)
             at = pl.ds((column * halves + i) * HALF, HALF)
             mgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[rows, at])
 
@@ -270,3 +274,23 @@ def grouped_mlp(
 
     # Additions in a row fuse with what follows; a reduction is a kernel of its own.
     return functools.reduce(operator.add, map(weighted, places.T, weights.T)).astype(x.dtype)
+
+
+@lowered_once("interpret")
+def gated_mlp(
+    x: jax.Array, w1: jax.Array, w2: jax.Array, layer: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """down(silu(gate(x)) * up(x)) for rows [T, D], at least ROWS of them: an expert of everybody's.
+
+    Args:
+        w1: [L, D, 2, F], gate and up of all layers; w2: [L, F, D]; layer: i32.
+    """
+    (t, d), (layers, _, _, f) = x.shape, w1.shape
+    n = -(-t // ROWS)
+    blocks = placing.Blocks(
+        jnp.zeros(n, jnp.int32), jnp.full(n, ROWS, jnp.int32), jnp.full(1, n, jnp.int32)
+    )
+    layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
+    product = functools.partial(_tiles, blocks=blocks, layer=layer, interpret=interpret)
+    inner = product(x, w1.reshape(layers, 1, d, 2 * f), width=f, gated=True)
+    return product(inner, w2[:, None], width=d, gated=False)
