@@ -107,11 +107,33 @@ class Select:
                 _read_into(one, self.view, (*before, slice(entry, entry + 1), *after))
 
 
-View = np.ndarray | Stack | Select
+class MovedLast:
+    """A view with one of its axes, counted from the right, behind all others."""
+
+    def __init__(self, view: np.ndarray | Stack, axis: int) -> None:
+        self.view, self.axis = view, axis
+        order = list(view.shape)
+        order.append(order.pop(axis))
+        self.shape = tuple(order)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        return np.moveaxis(self.view[self._inside(index)], self.axis, -1)
+
+    def read_into(self, values: np.ndarray, index: Index) -> None:
+        """`values[...] = self[index]`."""
+        _read_into(np.moveaxis(values, -1, self.axis), self.view, self._inside(index))
+
+    def _inside(self, index: Index) -> Index:
+        before = list(index[:-1])
+        before.insert(len(index) + self.axis, index[-1])
+        return tuple(before)
+
+
+View = np.ndarray | Stack | Select | MovedLast
 
 
 def _read_into(values: np.ndarray, view: View, index: Index) -> None:
-    if isinstance(view, Stack | Select):
+    if isinstance(view, Stack | Select | MovedLast):
         view.read_into(values, index)
     else:
         values[...] = view[index]

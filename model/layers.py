@@ -33,17 +33,21 @@ class ParamFactory:
         """The same factory for parameters with a leading layer dimension."""
         return ParamFactory(self.rngs, self.dtype, (num_layers,))
 
-    def _param(self, value: jax.Array, axes: tuple[Axis, ...]) -> nnx.Param:
-        return nnx.Param(value, axes=(None,) * len(self.lead) + axes)
+    def _param(self, value: jax.Array, axes: tuple[Axis, ...], contracted: int = 0) -> nnx.Param:
+        return nnx.Param(value, axes=(None,) * len(self.lead) + axes, contracted=contracted)
 
     def normal(
-        self, shape: tuple[int, ...], axes: tuple[Axis, ...], dtype: jnp.dtype | None = None
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[Axis, ...],
+        dtype: jnp.dtype | None = None,
+        contracted: int = 0,
     ) -> nnx.Param:
-        """N(0, INIT_STD)."""
+        """N(0, INIT_STD). Args: contracted: `BlockFP8.contracted`, if it comes to stay in FP8."""
         value = INIT_STD * jax.random.normal(
             self.rngs.params(), self.lead + shape, dtype or self.dtype
         )
-        return self._param(value, axes)
+        return self._param(value, axes, contracted)
 
     def ones(self, *shape: int, axes: tuple[Axis, ...] = (None,)) -> nnx.Param:
         """Norm weights."""
@@ -98,6 +102,7 @@ def gated_mlp(x: jax.Array, w1: Any, w2: Any, kernels: Kernels = XLA) -> jax.Arr
     on_hopper = (  # where SwiGLU costs nothing
         kernels.grouped_mlp == "hopper"
         and len(x) > MAX_ROWS
+        and len(x) % hopper.ALIGNMENT == 0
         and all(isinstance(w, StackedWeight) and isinstance(w.stack, jax.Array) for w in (w1, w2))
         and hopper.unsupported(hopper.HOPPER, x.dtype, x.shape[1], w2.stack.shape[1]) is None
     )

@@ -112,9 +112,13 @@ class Experts(nnx.Module):
 
     def __init__(self, make: ParamFactory, width: int, num_experts: int, intermediate: int) -> None:
         self.w1 = make.normal(
-            (num_experts, width, 2, intermediate), ("experts", None, None, "expert_mlp")
+            (num_experts, width, 2, intermediate),
+            ("experts", None, None, "expert_mlp"),
+            contracted=-3,
         )
-        self.w2 = make.normal((num_experts, intermediate, width), ("experts", "expert_mlp", None))
+        self.w2 = make.normal(
+            (num_experts, intermediate, width), ("experts", "expert_mlp", None), contracted=-2
+        )
 
 
 class MoE(nnx.Module):

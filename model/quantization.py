@@ -6,6 +6,7 @@ with. It is a pytree, so stacks of it are scanned, sliced and cut over devices l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,16 +29,23 @@ class BlockFP8:
         block: (b1, b2, ...), elements of one block along each of the last dimensions; 1 along all
             others (stacked layers, experts).
         dtype: of the numbers that `[...]` gives.
+        contracted: which of their dimensions, counted from the right (-2), all of the above have
+            last; 0 if they have them in the same order. Tensor cores take numbers of one byte
+            only where those that are contracted lie side by side.
     """
 
     data: jax.Array
     scale: jax.Array
     block: tuple[int, ...] = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
+    contracted: int = field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.data.shape
+        """Of the numbers."""
+        *shape, last = self.data.shape
+        shape.insert(len(shape) + 1 + (self.contracted or -1), last)
+        return tuple(shape)
 
     @property
     def ndim(self) -> int:
@@ -57,9 +65,15 @@ class BlockFP8:
             if size > 1:
                 scale = jnp.repeat(scale, size, axis=axis)
                 scale = jax.lax.slice_in_dim(scale, 0, self.data.shape[axis], axis=axis)
-        return jax.lax.optimization_barrier(
-            (self.data.astype(jnp.float32) * scale).astype(self.dtype)
-        )
+        numbers = (self.data.astype(jnp.float32) * scale).astype(self.dtype)
+        return jax.lax.optimization_barrier(jnp.moveaxis(numbers, -1, self.contracted or -1))
+
+
+def contracted_last(of_dimensions: Iterable[Any], contracted: int) -> tuple[Any, ...]:
+    """What belongs to the dimensions of numbers, in the order in which a `BlockFP8` has them."""
+    order = list(of_dimensions)
+    order.append(order.pop(contracted or -1))
+    return tuple(order)
 
 
 def layer_of(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array | BlockFP8:

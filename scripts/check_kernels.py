@@ -12,6 +12,7 @@ the definition's result (both round to bfloat16), or if anything is not finite. 
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from model.ops.grouped_mlp.pallas import sort_pairs
 from model.ops.kernels import HOPPER, XLA, HopperImplementation, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
 from model.ops.mla_attention import hopper as hopper_attention
-from model.quantization import FP8, BlockFP8
+from model.quantization import FP8, BlockFP8, contracted_last
 from scripts.benchmarking import Row, emit, own_parser, say, table
 
 BF16 = jnp.bfloat16
@@ -68,8 +69,9 @@ class Draw:
         key = jax.random.key(int(self.rng.integers(2**31)))
         return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
-    def fp8(self, shape: tuple[int, ...], block: tuple[int, ...]) -> BlockFP8:
+    def fp8(self, shape: tuple[int, ...], block: tuple[int, ...], contracted: int = 0) -> BlockFP8:
         """A stack [L, ...] with blocks of its last dimensions."""
+        shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
         steps = (1,) * (len(shape) - len(block)) + block
         factors = tuple(-(-n // b) for n, b in zip(shape, steps, strict=True))
         return BlockFP8(
@@ -77,6 +79,7 @@ class Draw:
             scale=0.02 * jnp.exp(self.normal(*factors, dtype=jnp.float32)),
             block=block,
             dtype=jnp.dtype(BF16),
+            contracted=contracted,
         )
 
     def pool(self, contexts: np.ndarray, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -172,8 +175,8 @@ def experts(
     draw, count, k = Draw(seed), 64, 6
     width, inner = 2048, 1408 if not fp8 else 1024
     if fp8:
-        w1: Any = draw.fp8((2, count, width, 2, inner), (128, 1, 128))
-        w2: Any = draw.fp8((2, count, inner, width), (128, 128))
+        w1: Any = draw.fp8((2, count, width, 2, inner), (128, 1, 128), -3)
+        w2: Any = draw.fp8((2, count, inner, width), (128, 128), -2)
     else:
         w1 = draw.normal(2, count, width, 2, inner, scale=width**-0.5)
         w2 = draw.normal(2, count, inner, width, scale=inner**-0.5)
@@ -308,16 +311,16 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
         ):
             run = functools.partial(experts, seed, tokens, load, which)
             yield f"experts {which} {tokens} tokens, {load}", run
-    for tokens in (777, 8448) if on_hopper else ():
+    for tokens in (1032, 8448) if on_hopper else ():
         yield f"dense MLP {tokens} rows", functools.partial(dense_mlp, seed, tokens)
     for tokens in (1, 64, 300):
         yield (
             f"experts pallas {tokens} tokens",
             functools.partial(experts, seed, tokens, "absent", "pallas"),
         )
-    for tokens in (5, 64, 700):
-        run = functools.partial(experts, seed, tokens, "absent", "pallas", fp8=True)
-        yield f"experts FP8 {tokens} tokens", run
+    for which, tokens in itertools.product(many, (1, 64, 700, 2500)):
+        run = functools.partial(experts, seed, tokens, "absent", which, fp8=True)
+        yield f"experts FP8 {which} {tokens} tokens", run
     for tokens in (1, 64, 700, 8448):
         yield f"routing {tokens} tokens", functools.partial(routes, seed, tokens, None)
     groups = routing.Groups(number=8, kept=4, best=2)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from model.checkpoint import Index, Select, Stack, View, parameter_views, read_padded
+from model.checkpoint import Index, MovedLast, Select, Stack, View, parameter_views, read_padded
 from model.formats.fp8 import BlockFactors, Fp8Checkpoint
 from model.layers import INIT_STD
 from model.quantization import FP8
@@ -46,10 +46,12 @@ def load_weights(
     scales = parameter_views(spec.config, fp8.scales) if fp8 else {}
     weights = []
     for p in spec.params:
+        source = scales if p.block is not None else stored if p.dtype == FP8 else views
+        chosen: Sequence[View] = source[p.path]
+        if p.contracted:
+            chosen = [MovedLast(v, p.contracted) for v in chosen]
         if p.block is not None:
-            chosen: Sequence[View] = [BlockFactors(v, p.block) for v in scales[p.path]]
-        else:
-            chosen = (stored if p.dtype == FP8 else views)[p.path]
+            chosen = [BlockFactors(v, p.block) for v in chosen]
         weights.append(_load_param(p, [selected(p, v) for v in chosen], mesh))
     return weights
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.checkpoint import parameter_path
 from model.config import ModelConfig
-from model.quantization import FP8, BlockFP8
+from model.quantization import FP8, BlockFP8, contracted_last
 from model.transformer import Sizes, Transformer, kv_entry
 from sharding.layout import Layout
 from sharding.rules import padded_sizes, param_spec
@@ -39,6 +39,8 @@ class ParamInfo:
     Attributes:
         block: None, but for the factors of an FP8 parameter (same path): elements of one block
             along each dimension of one layer's parameter.
+        contracted: of an FP8 parameter's values and factors, `BlockFP8.contracted`. All else here,
+            the spec too, is in their order.
         selected: (axis, entries) for each axis whose padded entries are not the real ones followed
             by zeros, but those named, -1 for zeros (heads that are copied, see `model.heads`).
     """
@@ -49,6 +51,7 @@ class ParamInfo:
     dtype: jnp.dtype
     spec: PartitionSpec
     block: tuple[int, ...] | None = None
+    contracted: int = 0
     selected: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
@@ -94,25 +97,28 @@ class ModelSpec:
         for (path, variable), (_, real_variable) in zip(
             nnx.to_flat_state(state), real, strict=True
         ):
+            metadata = variable.get_metadata()
             info = ParamInfo(
                 path=parameter_path(path),
                 shape=variable.shape,
                 real_shape=real_variable.shape,
                 dtype=variable.dtype,
-                spec=param_spec(variable.get_metadata()["axes"], layout),
-                selected=_selected(variable.get_metadata()["axes"], real_variable.shape, sizes),
+                spec=param_spec(metadata["axes"], layout),
+                selected=_selected(metadata["axes"], real_variable.shape, sizes),
             )
-            scale = self._scale_info(info, (fp8 or {}).get(info.path))
-            if scale is None:
+            kept = self._in_fp8(info, (fp8 or {}).get(info.path), metadata["contracted"])
+            if kept is None:
                 self.params.append(info)
             else:
-                self.params += [replace(info, dtype=FP8), scale]
+                values, scale = kept
+                self.params += kept
                 variable = variable.replace(
                     BlockFP8(
-                        data=jax.ShapeDtypeStruct(info.shape, FP8),
+                        data=jax.ShapeDtypeStruct(values.shape, FP8),
                         scale=jax.ShapeDtypeStruct(scale.shape, scale.dtype),
                         block=scale.block,
                         dtype=dtype,
+                        contracted=scale.contracted,
                     )
                 )
             flat.append((path, variable))
@@ -125,14 +131,25 @@ class ModelSpec:
         """All that programs depend on: the engine finds compiled ones by it."""
         return f"ModelSpec({self.config!r}, {self.dtype}, {self.layout!r}, {self.params!r})"
 
-    def _scale_info(self, info: ParamInfo, block: tuple[int, ...] | None) -> ParamInfo | None:
-        """The factors of a parameter that stays in FP8, None for one that does not.
+    def _in_fp8(
+        self, info: ParamInfo, block: tuple[int, ...] | None, contracted: int
+    ) -> tuple[ParamInfo, ParamInfo] | None:
+        """The values and factors of a parameter that stays in FP8, None for one that does not.
 
         Blocks must not cross the border between two shards, so they are made as small as that
         takes, and their factors repeated.
         """
         if block is None:
             return None
+        block = contracted_last(block, contracted)
+        info = replace(
+            info,
+            shape=contracted_last(info.shape, contracted),
+            real_shape=contracted_last(info.real_shape, contracted),
+            dtype=FP8,
+            spec=PartitionSpec(*contracted_last(info.spec, contracted)),
+            contracted=contracted,
+        )
         lead = len(info.shape) - len(block)
         parts = [_num_parts(axes, self.layout) for axes in info.spec]
         fitting = tuple(
@@ -147,13 +164,14 @@ class ModelSpec:
         if fitting != block:
             self.recut.append(info.path)
         real_shape = tuple(-(-n // b) for n, b in zip(info.real_shape, steps, strict=True))
-        return replace(
+        factors = replace(
             info,
             shape=shape,
             real_shape=real_shape,
             dtype=jnp.dtype(jnp.float32),
             block=fitting,
         )
+        return info, factors
 
     def merge(self, weights: Sequence[jax.Array]) -> Transformer:
         """The module around these arrays (whole or local shards), in the order of `params`."""

@@ -6,12 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
 from model.checkpoint import SafetensorsFolder
 from model.formats.fp8 import is_quantized_by_habit
+from model.quantization import BlockFP8, contracted_last
 from tests.fixtures import DATA
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -70,3 +73,33 @@ def write_fp8(
             if (source / file).exists():
                 shutil.copy(source / file, path / file)
     return folders
+
+
+def quantised(rng, shape, block, contracted=0, dtype="float32"):
+    """A random weight in FP8 blocks (the last ones partial), most of its factors far apart."""
+    shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
+    lead = len(shape) - len(block)
+    steps = (1,) * lead + block
+    scale = 0.02 * 2.0 ** rng.integers(
+        -4, 5, [-(-n // b) for n, b in zip(shape, steps, strict=True)]
+    )
+    return BlockFP8(
+        data=jnp.asarray(rng.standard_normal(shape) * 4, jnp.float32).astype(FP8),
+        scale=jnp.asarray(scale, jnp.float32),
+        block=block,
+        dtype=jnp.dtype(dtype),
+        contracted=contracted,
+    )
+
+
+def abstract_fp8(shape, block, contracted=0):
+    shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
+    steps = (1,) * (len(shape) - len(block)) + block
+    blocks = [-(-n // b) for n, b in zip(shape, steps, strict=True)]
+    return BlockFP8(
+        data=jax.ShapeDtypeStruct(shape, FP8),
+        scale=jax.ShapeDtypeStruct(blocks, jnp.float32),
+        block=block,
+        dtype=jnp.dtype(jnp.bfloat16),
+        contracted=contracted,
+    )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 
 try:
     from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as InterpretGPUParams
@@ -80,6 +81,15 @@ def lowered_once(*static: str) -> Callable[[Callable[..., Any]], Any]:
     Args: static: names of arguments that are no arrays.
     """
     return functools.partial(jax.jit, static_argnames=static)
+
+
+def load_as(ref: Any, layout: mosaic_gpu.Layout, *, optimized: bool = True) -> jax.Array:
+    """All of a reference in a kernel of Mosaic GPU, laid out over threads as told.
+
+    Args: optimized: refuse a way that is not fast.
+    """
+    index = [()] if jax.__version_info__ < (0, 11) else []  # which newer versions refuse
+    return mosaic_gpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def covering_block(count: int, most: int) -> int:

@@ -7,7 +7,7 @@ converted to the activations' dtype; a tile lies in one block, so it has one fac
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +59,8 @@ class Matrices:
     """Matrices [M, K, N]. A pytree: given to a kernel, it comes with references for arrays.
 
     Attributes:
-        data: [M, K, N], in the activations' dtype or float8.
-        scale: f32 [M, K / k, blocks, N / n, blocks] for FP8, else None.
+        data: [M, K, N], in the activations' dtype or float8; [M, N, K] if `turned`.
+        scale: f32 [M, K / k, blocks, N / n, blocks] for FP8, else None; N's before K's if `turned`.
         inner: (k, n), the sizes of the last of the dimensions that were merged into K and N.
         block: along those two dimensions.
     """
@@ -69,10 +69,19 @@ class Matrices:
     scale: jax.Array | None
     inner: tuple[int, int] = field(metadata={"static": True})
     block: tuple[int, int] = field(metadata={"static": True})
+    turned: bool = field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, weight: jax.Array | BlockFP8, lead: int, num_in: int) -> Matrices:
         """A weight [lead..., in..., out...] with `num_in` dimensions in; FP8: see `unsupported`."""
+        if isinstance(weight, BlockFP8) and weight.contracted:
+            if num_in != 1 or weight.contracted != lead - weight.ndim:
+                raise ValueError("an FP8 weight is stored for products over other dimensions")
+            stored = replace(weight, contracted=0)
+            matrices = cls.of(stored, lead, weight.ndim - lead - 1)
+            return replace(
+                matrices, inner=matrices.inner[::-1], block=matrices.block[::-1], turned=True
+            )
         split = lead + num_in
         inside, outside = weight.shape[lead:split], weight.shape[split:]
         shape = math.prod(weight.shape[:lead]), math.prod(inside), math.prod(outside)
@@ -88,8 +97,11 @@ class Matrices:
         return cls(data=data.reshape(shape), scale=scale, inner=inner, block=block)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.data.shape
+    def shape(self) -> tuple[int, int, int]:
+        """(M, K, N)"""
+        matrices, *sides = self.data.shape
+        k, n = reversed(sides) if self.turned else sides
+        return matrices, k, n
 
     @property
     def specs(self) -> Matrices:
@@ -105,7 +117,7 @@ class Matrices:
         return self._largest(1, most)
 
     def _largest(self, axis: int, most: int) -> int:
-        size = self.data.shape[1 + axis]
+        size = self.shape[1 + axis]
         if self.scale is not None:
             size = math.gcd(self.inner[axis], self.block[axis])
         return largest_block(size, most)
@@ -120,13 +132,20 @@ class Matrices:
                 and total's columns.
         """
         (rows, depth), columns = x.shape, total.shape[1]
-        tile = self.data[matrix, pl.ds(row, depth), pl.ds(column, columns)]
+        sides = [pl.ds(row, depth), pl.ds(column, columns)]
+        blocks = [self._block(0, row), self._block(1, column)]
+        if self.turned:
+            sides.reverse()
+            blocks.reverse()
+        tile = self.data[matrix, *sides]
         if self.scale is None:
             return total + _dot(x, tile)
-        factor = self.scale[matrix, *self._block(0, row), *self._block(1, column)]
-        if rows < MANY_ROWS:
-            return total + _dot(x, tile.astype(x.dtype)) * factor
-        return total + _dot(x, (tile.astype(jnp.float32) * factor).astype(x.dtype))
+        factor = self.scale[matrix, *blocks[0], *blocks[1]]
+        if rows >= MANY_ROWS:
+            tile = tile.astype(jnp.float32) * factor
+        tile = tile.astype(x.dtype)
+        product = _dot(x, tile.T if self.turned else tile)
+        return total + (product if rows >= MANY_ROWS else product * factor)
 
     def _block(self, axis: int, at: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where in `scale` the factor of K's (0) or N's (1) number `at` stands."""

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from model.config import ModelConfig
 from model.ops.grouped_mlp import hopper as hopper_experts
+from model.ops.grouped_mlp import hopper_fp8
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
 from model.ops.kernels import HopperImplementation, Implementation, Kernels
 from model.ops.matrices import out_of_reach
@@ -69,8 +70,7 @@ def choose_kernels(
         )
     experts: HopperImplementation = routing
     if experts == "pallas" and config.moe_runner_backend == "auto":
-        fp8_experts = any(".experts." in path for path in fp8)
-        experts = _experts_kernel(model, layout, capability, dtype, fp8=fp8_experts)
+        experts = _experts_kernel(model, layout, capability, dtype, fp8)
     extend: HopperImplementation = attention
     if attention == "pallas" and config.enable_deterministic_inference:
         extend = "xla"
@@ -94,7 +94,7 @@ def choose_kernels(
         unroll=config.layer_unroll or (LAYER_UNROLL if attention == "pallas" else 1),
     )
     if kernels.dense == "pallas":
-        _log_fp8(fp8, refused)
+        _log_fp8(fp8, refused, experts)
     log.info(
         "decode attention: %s, extend attention: %s, experts: %s, routing: %s, dense products of "
         "few rows: %s",
@@ -147,24 +147,37 @@ def _inner(model: ModelConfig, layout: Layout) -> int:
 
 
 def _experts_kernel(
-    model: ModelConfig, layout: Layout, capability: str | None, dtype: DTypeLike, *, fp8: bool
+    model: ModelConfig,
+    layout: Layout,
+    capability: str | None,
+    dtype: DTypeLike,
+    fp8: Mapping[str, FP8Blocks],
 ) -> HopperImplementation:
     sizes = model.hidden_size, _inner(model, layout)
-    reason = hopper_experts.unsupported(capability, dtype, *sizes)
-    if fp8:
-        reason = "they take no FP8 weights"
+    blocks = {path[-2:]: block for path, (_, block) in fp8.items() if ".experts." in path}
+    if not blocks:
+        reason = hopper_experts.unsupported(capability, dtype, *sizes)
+    elif len(blocks) == 1:
+        reason = f"of the experts' weights only {min(blocks)} are FP8"
+    else:
+        both = blocks["w1"], blocks["w2"]
+        reason = hopper_fp8.unsupported(capability, dtype, *sizes, both)
     if reason is None:
         return "hopper"
     log.info("experts: pallas, those for Hopper GPUs are not for this: %s", reason)
     return "pallas"
 
 
-def _log_fp8(fp8: Mapping[str, FP8Blocks], refused: Mapping[str, str]) -> None:
+def _log_fp8(
+    fp8: Mapping[str, FP8Blocks], refused: Mapping[str, str], experts: HopperImplementation
+) -> None:
     """Which FP8 parameters cost more than reading them."""
     for path, reason in refused.items():
         if ".experts." not in path:
             log.info("products with %s: xla, no kernel for it: %s", path, reason)
     for path, (shape, _) in fp8.items():
+        if ".experts." in path and experts == "hopper":
+            continue
         if path not in refused and out_of_reach(math.prod(shape)):
             log.info(
                 "%s: kernels reach no FP8 weights of %.1f GiB a device (from 2 to 4 GiB), so each "

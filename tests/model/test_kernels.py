@@ -37,9 +37,10 @@ from model.ops.mla_attention import (
 from model.ops.mla_attention.heads import per_head
 from model.ops.mla_attention.inputs import finish_inputs
 from model.ops.routing import unsupported as routing_unsupported
-from model.quantization import FP8, BlockFP8
+from model.quantization import FP8
 from model.rope import apply_rope
 from tests.fixtures import DATA
+from tests.fp8 import abstract_fp8, quantised
 from tests.harness import KERNELS, lowered_for_cuda
 
 LAYERS, PAGES, LATENT, ROPE, NOPE, VALUE = 2, 120, 32, 16, 16, 32
@@ -299,22 +300,19 @@ def test_blocks_follow_the_mean_load():
     assert (1408 % t.columns, 2048 % t.depth) == (0, 0)
 
 
-def quantised(rng, shape, block):
-    """A random weight in FP8 blocks (the last ones partial), most of its factors far apart."""
-    lead = len(shape) - len(block)
-    steps = (1,) * lead + block
-    scale = 0.02 * 2.0 ** rng.integers(
-        -4, 5, [-(-n // b) for n, b in zip(shape, steps, strict=True)]
-    )
-    return BlockFP8(
-        data=jnp.asarray(rng.standard_normal(shape) * 4, jnp.float32).astype(FP8),
-        scale=jnp.asarray(scale, jnp.float32),
-        block=block,
-        dtype=jnp.dtype(jnp.float32),
-    )
-
-
 FP8_BLOCKS = [(128, 128), (32, 16), (16, 64), (48, 32)]  # partial, dividing, coarser than it is
+
+
+@pytest.mark.parametrize("contracted", [-3, -2, 0])
+def test_fp8_weights_know_their_shape(rng, contracted):
+    weight = quantised(rng, (2, 3, 32, 2, 48), (16, 1, 12), contracted)
+    assert weight.shape == (2, 3, 32, 2, 48) == weight[...].shape
+    if contracted:
+        assert weight.data.shape[-1] == weight.shape[contracted]
+    factors = np.asarray(
+        weight[...] / jnp.moveaxis(weight.data.astype(jnp.float32), -1, contracted or -1)
+    )
+    assert len(np.unique(factors[0, 0, :16, 0, :12])) == 1
 
 
 @pytest.mark.parametrize("block", FP8_BLOCKS)
@@ -323,8 +321,8 @@ def test_grouped_mlp_reads_fp8(rng, block, tokens, absent):
     """Few rows (factors on the products) and many (on the weights), ragged, some experts idle."""
     width, inner, experts = 96, 160, 5
     x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
-    w1 = quantised(rng, (2, experts, width, 2, inner), (1, block[0], 1, block[1]))
-    w2 = quantised(rng, (2, experts, inner, width), (1, *block))
+    w1 = quantised(rng, (2, experts, width, 2, inner), (1, block[0], 1, block[1]), -3)
+    w2 = quantised(rng, (2, experts, inner, width), (1, *block), -2)
     ids = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
     ids[(rng.random(ids.shape) < absent) | (ids == 3)] = -1
     weights = jnp.asarray(rng.random((tokens, 3)), jnp.float32)
@@ -646,17 +644,6 @@ def test_kernels_of_a_real_model_lower_for_cuda(dtype):
         assert "triton" in text
 
 
-def abstract_fp8(shape, block):
-    steps = (1,) * (len(shape) - len(block)) + block
-    blocks = [-(-n // b) for n, b in zip(shape, steps, strict=True)]
-    return BlockFP8(
-        data=jax.ShapeDtypeStruct(shape, FP8),
-        scale=jax.ShapeDtypeStruct(blocks, jnp.float32),
-        block=block,
-        dtype=jnp.dtype(jnp.bfloat16),
-    )
-
-
 def test_kernels_of_deepseek_v3_in_fp8_lower_for_cuda():
     """128 heads, 64 experts of 256 and groups of them on a device, weights and pool in FP8."""
     kernels = dataclasses.replace(KERNELS, interpret=False)
@@ -664,8 +651,8 @@ def test_kernels_of_deepseek_v3_in_fp8_lower_for_cuda():
     array = jax.ShapeDtypeStruct
     layer, pool = array((), i32), array((5, 20000, 16, 576), FP8)
     experts = (
-        abstract_fp8((3, 64, 7168, 2, 2048), (1, 128, 1, 128)),
-        abstract_fp8((3, 64, 2048, 7168), (1, 128, 128)),
+        abstract_fp8((3, 64, 7168, 2, 2048), (1, 128, 1, 128), -3),
+        abstract_fp8((3, 64, 2048, 7168), (1, 128, 128), -2),
     )
     for tokens in (64, 4096):
         rows = (array((tokens, 7168), bf16), array((tokens, 8), i32), array((tokens, 8), f32))

@@ -114,6 +114,7 @@ def test_dequantised_parameters_are_exact(tmp_path, block):
                 scale=jnp.asarray(np.asarray(factors)),
                 block=scale.block,
                 dtype=jnp.dtype(jnp.float32),
+                contracted=param.contracted,
             )[...]
             checked += 1
         elif param.block is not None:

@@ -1,13 +1,14 @@
 """The experts' SwiGLU over tokens grouped by expert.
 
-`xla` defines it, `pallas` is for GPUs, `hopper` for many rows on one kind of them.
+`xla` defines it, `pallas` is for GPUs; for one kind of them `hopper` is for many rows, and
+`hopper_fp8` for weights in FP8.
 """
 
 from __future__ import annotations
 
 import jax
 
-from model.ops.grouped_mlp import hopper, pallas, xla
+from model.ops.grouped_mlp import hopper, hopper_fp8, pallas, xla
 from model.ops.kernels import XLA, Kernels
 from model.quantization import BlockFP8
 
@@ -32,7 +33,7 @@ def grouped_mlp(
         w1: [L, E, D, 2, F], gate and up of all layers; w2: [L, E, F, D].
         layer: i32 scalar: the stacks are indexed here, so that no layer is ever sliced out.
         num_experts: of all devices, among which tokens choose; by default those of this one.
-        kernels: which implementation. "hopper" takes no FP8 weights.
+        kernels: which implementation.
 
     Returns:
         [T, D] in x's dtype, summed in float32.
@@ -40,8 +41,14 @@ def grouped_mlp(
     if kernels.grouped_mlp == "xla":
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
     on_hopper = kernels.grouped_mlp == "hopper"
+    if on_hopper and isinstance(w1, BlockFP8) and isinstance(w2, BlockFP8):
+        return hopper_fp8.grouped_mlp(
+            *(x, expert_ids, weights, w1, w2, layer),
+            num_experts=num_experts,
+            interpret=kernels.interpret,
+        )
     if on_hopper and (isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8)):
-        raise TypeError("the experts' kernels for Hopper take no FP8 weights")
+        raise TypeError("the experts' kernels for Hopper take FP8 weights only if all are")
     load = expert_ids.size / (num_experts or w1.shape[1])
     if on_hopper and load >= hopper.LEAST_LOAD:
         return hopper.grouped_mlp(

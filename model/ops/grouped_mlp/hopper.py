@@ -9,7 +9,6 @@ after the other. XLA sums every token's weighted results from their places, fuse
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +25,8 @@ WARPGROUPS = 2
 """That multiply, each a part of a tile's rows; one more copies."""
 PART = 64
 ROWS = WARPGROUPS * PART
+ALIGNMENT = 8
+"""Rows of a tile in shared memory: copies begin at a multiple of it."""
 HALF = 128
 """Columns of an accumulator; a tile has two: gate and up, or neighbours."""
 DEPTH = 64
@@ -58,12 +59,12 @@ def unsupported(
     return None
 
 
-class _Ring(NamedTuple):
+class Ring(NamedTuple):
     """Steps on their way from the warpgroup that copies to those that multiply.
 
     Attributes:
-        x: [STAGES, ROWS, DEPTH]; w: [STAGES, 2, DEPTH, HALF].
-        ready, free: barriers [STAGES]: a step is there; all have multiplied it.
+        x: [stages, rows, depth]; w: [stages, 2, depth, columns], or the last two turned.
+        ready, free: barriers [stages]: a step is there; all have multiplied it.
     """
 
     x: jax.Array
@@ -72,7 +73,25 @@ class _Ring(NamedTuple):
     free: jax.Array
 
 
-def _copy_tile(ring: _Ring, x_ref, w_ref, step, first_row, first_depth, columns) -> None:
+def for_tiles(used: jax.Array, columns: int, steps: int, do: Callable[..., None]) -> None:
+    """`do` a program's tiles: given their block, their column, and the number of their first step.
+
+    Programs side by side take columns of one block: they share x, and experts are few.
+
+    Args:
+        used: blocks; columns: tiles of a block; steps: of a tile.
+    """
+    me = lax.axis_index("processor")
+
+    def body(i, carry):
+        number = me + i * PROCESSORS
+        do(lax.div(number, columns), lax.rem(number, columns), i * steps)
+        return carry
+
+    lax.fori_loop(0, lax.div(used * columns - me + PROCESSORS - 1, PROCESSORS), body, None)
+
+
+def _copy_tile(ring: Ring, x_ref, w_ref, step, first_row, first_depth, columns) -> None:
     """All steps of a tile, the first one being number `step` of the program's.
 
     `first_row` of x; `first_depth`, the expert's first row of w; `columns`, where halves begin.
@@ -91,7 +110,7 @@ def _copy_tile(ring: _Ring, x_ref, w_ref, step, first_row, first_depth, columns)
     lax.fori_loop(0, x_ref.shape[1] // DEPTH, body, None)
 
 
-def _multiply_tile(ring: _Ring, group, step, steps: int) -> tuple[jax.Array, jax.Array]:
+def _multiply_tile(ring: Ring, group, step, steps: int) -> tuple[jax.Array, jax.Array]:
     """f32 [PART, HALF] twice: a warpgroup's rows times both halves of the columns."""
 
     def product(first, second):
@@ -118,7 +137,7 @@ def _multiply_tile(ring: _Ring, group, step, steps: int) -> tuple[jax.Array, jax
     return pl.run_scoped(product, accumulator, accumulator)
 
 
-def _skip_tile(ring: _Ring, step, steps: int) -> None:
+def _skip_tile(ring: Ring, step, steps: int) -> None:
     def body(k, carry):
         slot = lax.rem(step + k, STAGES)
         mgpu.barrier_wait(ring.ready.at[slot])
@@ -150,26 +169,15 @@ def _tiles_kernel(
     x [blocks * ROWS, depth], w [layers * experts * depth, columns], expert and rows i32 [blocks],
     out_smem [WARPGROUPS, PART, HALF].
     """
-    ring = _Ring(x_smem, w_smem, ready, free)
+    ring = Ring(x_smem, w_smem, ready, free)
     depth, width = x_ref.shape[1], out_ref.shape[1]
     steps, halves = depth // DEPTH, 1 if gated else 2
-    columns = width // (halves * HALF)
-    me, group = lax.axis_index("processor"), lax.axis_index("warpgroup")
-    mine = lax.div(used_ref[0] * columns - me + PROCESSORS - 1, PROCESSORS)
-
-    def for_tiles(do: Callable) -> None:
-        """Programs side by side take columns of one block: they share x, and experts are few."""
-
-        def body(i, carry):
-            number = me + i * PROCESSORS
-            do(lax.div(number, columns), lax.rem(number, columns), i * steps)
-            return carry
-
-        lax.fori_loop(0, mine, body, None)
+    group = lax.axis_index("warpgroup")
+    each_tile = functools.partial(for_tiles, used_ref[0], width // (halves * HALF), steps)
 
     def first_row(block) -> jax.Array:
         """Where rows are no multiple of a block, the last one begins earlier."""
-        return jnp.minimum(block * ROWS, x_ref.shape[0] - ROWS)
+        return pl.multiple_of(jnp.minimum(block * ROWS, x_ref.shape[0] - ROWS), ALIGNMENT)
 
     def copy(block, column, step) -> None:
         first_depth = (layer_ref[0] * experts + expert_ref[block]) * depth
@@ -199,7 +207,7 @@ def _tiles_kernel(
     @pl.when(group == WARPGROUPS)
     def _() -> None:
         mgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        for_tiles(copy)
+        each_tile(copy)
         for slot in range(STAGES):
             mgpu.barrier_wait(free.at[slot])
 
@@ -208,7 +216,7 @@ def _tiles_kernel(
         mgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
         for slot in range(STAGES):
             mgpu.barrier_arrive(free.at[slot])
-        for_tiles(compute_or_skip)
+        each_tile(compute_or_skip)
         mgpu.wait_smem_to_gmem(0)
 
 
@@ -266,21 +274,16 @@ def grouped_mlp(
     gate_up = w1.reshape(layers, experts, d, 2 * f)
     inner = product(grouped, gate_up, blocks, layer, f, gated=True)
     out = product(inner, w2, blocks, layer, d, gated=False)
-
-    def weighted(place: jax.Array, weight: jax.Array) -> jax.Array:
-        """Every token's result at its place, 0 without: what stands there is not to be used."""
-        row = out.at[jnp.maximum(place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
-        return jnp.where(place[:, None] >= 0, row * weight[:, None].astype(jnp.float32), 0)
-
-    # Additions in a row fuse with what follows; a reduction is a kernel of its own.
-    return functools.reduce(operator.add, map(weighted, places.T, weights.T)).astype(x.dtype)
+    return placing.summed(out, places, weights)
 
 
 @lowered_once("interpret")
 def gated_mlp(
     x: jax.Array, w1: jax.Array, w2: jax.Array, layer: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """down(silu(gate(x)) * up(x)) for rows [T, D], at least ROWS of them: an expert of everybody's.
+    """down(silu(gate(x)) * up(x)) for rows [T, D]: an expert that all choose.
+
+    T is a multiple of ALIGNMENT and at least ROWS.
 
     Args:
         w1: [L, D, 2, F], gate and up of all layers; w2: [L, F, D]; layer: i32.

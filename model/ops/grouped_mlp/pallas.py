@@ -50,6 +50,14 @@ def unsupported(width: int, inner: int) -> str | None:
     return None
 
 
+def expected_rows(ids: tuple[int, int], experts: int, num_experts: int | None) -> int:
+    """`block_rows` for expert ids of that shape, if `experts` of `num_experts` are here."""
+    tokens, k = ids
+    # Of a token's experts as many are here as these are of all, or the one that it came for.
+    here = max(1, -(-k * experts // max(experts, num_experts or experts)))
+    return block_rows(tokens * here, experts)
+
+
 def block_rows(pairs: int, experts: int) -> int:
     """Pairs of a block: room for somewhat more than the mean load of an expert, 16 to 128."""
     rows = MIN_BLOCK
@@ -272,9 +280,7 @@ def grouped_mlp(
     (t, d), k = x.shape, expert_ids.shape[1]
     experts, f = w1.shape[1], w1.shape[-1]
     pairs = t * k
-    # Of a token's experts as many are here as these are of all, or the one that it came for.
-    here = max(1, -(-k * experts // max(experts, num_experts or experts)))
-    rows = block_rows(t * here, experts)
+    rows = expected_rows(expert_ids.shape, experts, num_experts)
     blocks = -(-pairs // rows) + min(experts, pairs)
     order, counts = sort_pairs(expert_ids.reshape(-1), experts, interpret=interpret)
 

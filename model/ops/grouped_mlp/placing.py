@@ -7,6 +7,7 @@ another's.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -157,3 +158,19 @@ def spread(x: jax.Array, places: jax.Array, size: int, *, interpret: bool = Fals
         interpret=interpret,
         name="spread_rows",
     )(x, places.reshape(-1))
+
+
+def summed(out: jax.Array, places: jax.Array, weights: jax.Array) -> jax.Array:
+    """Every token's weighted results, summed in float32: [T, D].
+
+    Args:
+        out: [places, D]; places: i32 [T, K], -1 for absent; weights: f32 [T, K].
+    """
+
+    def weighted(place: jax.Array, weight: jax.Array) -> jax.Array:
+        """A result of each token, 0 without: what stands there is not to be used."""
+        row = out.at[jnp.maximum(place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
+        return jnp.where(place[:, None] >= 0, row * weight[:, None].astype(jnp.float32), 0)
+
+    # Additions in a row fuse with what follows; a reduction is a kernel of its own.
+    return functools.reduce(operator.add, map(weighted, places.T, weights.T)).astype(out.dtype)

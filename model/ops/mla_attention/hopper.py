@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from model.ops.kernels import HOPPER, InterpretGPUParams, lowered_once
+from model.ops.kernels import HOPPER, InterpretGPUParams, load_as, lowered_once
 from model.ops.mla_attention.extend import Chunks, Expanded, Source, State, chunks_of_blocks
 from model.ops.mla_attention.pages import LOG2_E, MASKED, dot
 
@@ -288,8 +288,7 @@ def _compute(
 def _load(ref: Any, ndim: int) -> jax.Array:
     """Numbers of rows f32 from global memory, laid out as `_full` does."""
     layout = plgpu.Layout.WGMMA if ndim == 2 else plgpu.Layout.WGMMA.reduce(1)
-    index = [()] if jax.__version_info__ < (0, 11) else []  # which newer versions refuse
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
+    return load_as(ref, layout, optimized=False)
 
 
 def _kernel(

@@ -127,6 +127,30 @@ def test_published_fp8_blocks_get_kernels(caplog, sizes):
     assert "no kernel" not in caplog.text
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 4, 4), (8, 8, 8), (4, 1, 1), (8, 4, 8)])
+def test_published_fp8_experts_get_kernels_of_their_own_on_hopper_gpus(caplog, sizes):
+    layout = make_layout(*sizes)
+    config, blocks = published_fp8(5, layout)
+
+    def experts(fp8, capability="9.0", **flags):
+        return choose_kernels(
+            *(ServerConfig(**flags), config, layout),
+            platform="cuda",
+            capability=capability,
+            dtype="bfloat16",
+            fp8=fp8,
+        ).grouped_mlp
+
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        assert experts(blocks) == "hopper"
+        assert "is copied before it is read" not in caplog.text
+        down_only = {path: block for path, block in blocks.items() if not path.endswith("w1")}
+        assert experts(down_only) == "pallas"
+    assert "of the experts' weights only w2 are FP8" in caplog.text
+    assert experts(blocks, capability="8.9") == "pallas"
+    assert experts(blocks, moe_runner_backend="pallas") == "pallas"
+
+
 def test_stacks_that_kernels_do_not_reach_are_named(caplog):
     layout = make_layout(4, 4, 4)
     config, blocks = published_fp8(5, layout)  # 2 MoE layers: 64 experts' w1 are 3.5 GiB
@@ -159,12 +183,12 @@ def test_hopper_gpus_get_kernels_of_their_own_for_experts_of_many_rows(caplog):
             grouped(layout=(4, 1, 1)),
             grouped(dtype="float32"),
             grouped(capability="10.0"),
-            grouped(fp8={"segments.1.experts.w1": ((1, 8, 512, 2, 256), (1, 128, 1, 128))}),
+            grouped(fp8={"segments.1.experts.w1": ((1, 8, 2, 256, 512), (1, 1, 128, 128))}),
         ]
         assert grouped(moe_runner_backend="xla") == "xla"
         assert grouped(moe_runner_backend="pallas") == "pallas"
     assert (set(taken), set(others)) == ({"hopper"}, {"pallas"})
-    for text in ("expert width 64", "not float32", "capability 10.0", "no FP8 weights"):
+    for text in ("expert width 64", "not float32", "capability 10.0", "only w1 are FP8"):
         assert text in caplog.text
 
 
