@@ -43,9 +43,7 @@ class BlockFP8:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the numbers."""
-        *shape, last = self.data.shape
-        shape.insert(len(shape) + 1 + (self.contracted or -1), last)
-        return tuple(shape)
+        return contracted_in_place(self.data.shape, self.contracted)
 
     @property
     def ndim(self) -> int:
@@ -67,6 +65,13 @@ class BlockFP8:
                 scale = jax.lax.slice_in_dim(scale, 0, self.data.shape[axis], axis=axis)
         numbers = (self.data.astype(jnp.float32) * scale).astype(self.dtype)
         return jax.lax.optimization_barrier(jnp.moveaxis(numbers, -1, self.contracted or -1))
+
+
+def contracted_in_place(as_stored: Iterable[Any], contracted: int) -> tuple[Any, ...]:
+    """The inverse of `contracted_last`."""
+    *order, last = as_stored
+    order.insert(len(order) + 1 + (contracted or -1), last)
+    return tuple(order)
 
 
 def contracted_last(of_dimensions: Iterable[Any], contracted: int) -> tuple[Any, ...]:

@@ -20,12 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from model.checkpoint import CheckpointError, Select, View
 from model.config import ModelConfig
+from model.quantization import contracted_in_place, contracted_last
 from sharding.loading import read_array
 from sharding.step import ModelSpec, ParamInfo
 
 DESCRIPTION = "meshserve.json"
 WEIGHTS = "weights"
-VERSION = 1
+VERSION = 2
 CHUNK_BYTES = 32 << 20
 """Arrays are stored in chunks of about this size, so that a shard reads little beside itself."""
 
@@ -143,7 +144,7 @@ class OrbaxFolder:
         """A whole array, its factors repeated for this layout's blocks, its heads selected."""
         if param.block is not None:
             lead = len(param.shape) - len(param.block)
-            for axis, coarse in enumerate(self.fp8[param.path]):
+            for axis, coarse in enumerate(contracted_last(self.fp8[param.path], param.contracted)):
                 fine = param.block[axis]
                 if coarse != fine:
                     array = np.repeat(array, coarse // fine, axis=lead + axis)
@@ -187,6 +188,10 @@ def save(
     description = {
         "version": VERSION,
         "shapes": {k: list(a.shape) for k, a in arrays.items()},
-        "fp8": {p.path: list(p.block) for p in spec.params if p.block is not None},
+        "fp8": {
+            p.path: contracted_in_place(p.block, p.contracted)
+            for p in spec.params
+            if p.block is not None
+        },
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
