@@ -247,6 +247,7 @@ def routes(seed: int, tokens: int, groups: routing.Groups | None) -> tuple[Any, 
     want = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     chosen = np.maximum(got, 0)
     same = np.isclose(*(np.take_along_axis(logits, ids, 1) for ids in (chosen, want)), 0, 1e-5)
+    same &= [[len(set(ids)) == k] for ids in chosen.tolist()]
     return got, np.where(valid[:, None], np.where(same, chosen, want), -1)
 
 
@@ -323,9 +324,12 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
             f"experts pallas {tokens} tokens",
             functools.partial(experts, seed, tokens, "absent", "pallas"),
         )
-    for which, tokens in itertools.product(many, (1, 64, 700, 2500)):
-        run = functools.partial(experts, seed, tokens, "absent", which, fp8=True)
-        yield f"experts FP8 {which} {tokens} tokens", run
+    for which, (tokens, load) in itertools.product(
+        many,
+        [*((n, "absent") for n in (1, 200, 400, 2500)), (64, "one expert"), (64, "none")],
+    ):
+        run = functools.partial(experts, seed, tokens, load, which, fp8=True)
+        yield f"experts FP8 {which} {tokens} tokens, {load}", run
     for tokens in (1, 64, 700, 8448):
         yield f"routing {tokens} tokens", functools.partial(routes, seed, tokens, None)
     groups = routing.Groups(number=8, kept=4, best=2)

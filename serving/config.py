@@ -448,8 +448,8 @@ def _add_layout_flags(group: _Group) -> None:
         "--moe-runner-backend",
         choices=KERNEL_BACKENDS + MOE_RUNNER_ALIASES,
         help="the experts' grouped matmul: xla = loops that run anywhere, pallas = kernels for "
-        "NVIDIA GPUs of all kinds, auto = kernels where they can run, others for many rows on "
-        "Hopper GPUs; deep_gemm and triton mean pallas",
+        "NVIDIA GPUs of all kinds, auto = kernels where they can run, on Hopper GPUs others "
+        "for many rows (also of dense MLPs) and for FP8; deep_gemm and triton mean pallas",
     )
     _add(
         group,

@@ -64,7 +64,8 @@ class OrbaxFolder:
             self.fp8 = {k: tuple(v) for k, v in description["fp8"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{path} is not the description of a checkpoint.") from None
-        if version != VERSION:
+        # Before version 2 experts in FP8 were stored the other way round, all else as now.
+        if version != VERSION and not (version == 1 and not self.fp8):
             raise CheckpointError(
                 f"{path} is of version {version}, this meshserve reads version {VERSION}: convert "
                 "the checkpoint again."

@@ -141,6 +141,8 @@ class ModelSpec:
         """
         if block is None:
             return None
+        if contracted and info.selected:
+            raise AssertionError(f"{info.path}: heads are selected in the order of numbers")
         block = contracted_last(block, contracted)
         info = replace(
             info,

@@ -44,8 +44,8 @@ class Kernels:
         decode_attention, extend_attention: of MLA; GQA has the XLA definition only. "hopper", for
             GPUs of compute capability 9.0 alone, is another kernel for extend attention.
         mla_inputs: norm, rotation and cache write between MLA's projections and its attention.
-        grouped_mlp: of the routed experts; "hopper" has kernels for many rows of its own, those of
-            "pallas" for few.
+        grouped_mlp: of the routed experts; "hopper" has kernels of its own for many rows, for dense
+            MLPs of many rows, and for experts in FP8; for the rest it is "pallas".
         routing: choosing and weighing experts.
         norm: RMSNorm by stacked weights.
         dense: products of a few rows with a layer of stacked weights.

@@ -154,14 +154,14 @@ def _experts_kernel(
     fp8: Mapping[str, FP8Blocks],
 ) -> HopperImplementation:
     sizes = model.hidden_size, _inner(model, layout)
-    blocks = {path[-2:]: block for path, (_, block) in fp8.items() if ".experts." in path}
-    if not blocks:
-        reason = hopper_experts.unsupported(capability, dtype, *sizes)
-    elif len(blocks) == 1:
-        reason = f"of the experts' weights only {min(blocks)} are FP8"
-    else:
-        both = blocks["w1"], blocks["w2"]
-        reason = hopper_fp8.unsupported(capability, dtype, *sizes, both)
+    blocks = {path: block for path, (_, block) in fp8.items() if ".experts." in path}
+    reason = hopper_experts.unsupported(capability, dtype, *sizes)
+    for experts in {path.rpartition(".")[0] for path in blocks}:
+        w1, w2 = (blocks.get(f"{experts}.{name}") for name in ("w1", "w2"))
+        if w1 is None or w2 is None:
+            reason = reason or f"of {experts} only {'w2' if w1 is None else 'w1'} is FP8"
+        else:
+            reason = reason or hopper_fp8.unsupported(capability, dtype, *sizes, (w1, w2))
     if reason is None:
         return "hopper"
     log.info("experts: pallas, those for Hopper GPUs are not for this: %s", reason)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from model.ops.grouped_mlp import grouped_mlp, hopper, hopper_fp8
+from model.ops.grouped_mlp.pallas import expected_rows
 from model.ops.kernels import XLA
 from tests.fp8 import abstract_fp8, quantised
 from tests.harness import KERNELS, lowered_for_cuda
@@ -60,9 +61,10 @@ def assert_close(outputs):
     np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("tokens", [1, 30, 130, 300])
-def test_they_equal_their_twin_and_tokens_do_not_see_each_other(rng, both, tokens):
-    """Blocks of 16 to 128 tokens, factors on products and on weights; some pairs are absent."""
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 16), (30, 16), (40, 32), (100, 64), (300, 128)])
+def test_they_equal_their_twin_and_tokens_do_not_see_each_other(rng, both, tokens, rows):
+    """Blocks of all sizes, factors on products and on weights; some pairs are absent."""
+    assert expected_rows((tokens, K), EXPERTS, None) == rows
     x, ids, *rest = inputs(rng, tokens)
     ids[1:][rng.random((tokens - 1, K)) < 0.3] = -1
     ids[ids == 3] = -1
@@ -74,6 +76,7 @@ def test_they_equal_their_twin_and_tokens_do_not_see_each_other(rng, both, token
 
 
 def test_no_token_has_an_expert_here(rng, both):
+    """The kernels have no tile, and end."""
     x, ids, *rest = inputs(rng, 30)
     ids[:] = -1
     assert not np.asarray(both(x, ids, *rest)[0]).any()
@@ -90,9 +93,11 @@ def test_what_they_cannot_take_is_said():
     assert "capability 8.0" in hopper_fp8.unsupported("8.0", *sizes, (w1, w2))
     assert "1x1x64x128" in hopper_fp8.unsupported("9.0", *sizes, ((1, 1, 64, 128), w2))
     assert "1x128x1" in hopper_fp8.unsupported("9.0", *sizes, (w1, (1, 128, 1)))
+    for coarse in (((1, 1, 256, 128), w2), (w1, (1, 512, 128))):  # partial last blocks of columns
+        assert "divide" in hopper_fp8.unsupported("9.0", "bfloat16", 1280, 384, coarse)
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 300, 8192])
+@pytest.mark.parametrize("tokens", [64, 600, 1024, 8192])
 def test_they_lower_for_cuda(tokens):
     """DeepSeek-V3's sizes, a quarter of the experts here: what interpret mode accepts, Mosaic may
     refuse."""

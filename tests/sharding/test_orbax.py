@@ -113,3 +113,16 @@ def test_errors_are_one_sentence(converted, tmp_path):
         (broken / "meshserve.json").write_text(json.dumps(description | change))
         with pytest.raises(CheckpointError, match=text):
             load(broken, (1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+def test_folders_of_version_1_are_read_where_nothing_is_stored_otherwise(converted, tmp_path, kind):
+    older = tmp_path / kind
+    shutil.copytree(converted[kind][1], older)
+    description = json.loads((older / "meshserve.json").read_text())
+    (older / "meshserve.json").write_text(json.dumps(description | {"version": 1}))
+    if kind == "plain":
+        assert load(older, (1, 1, 1))
+    else:
+        with pytest.raises(CheckpointError, match="version 1"):
+            load(older, (1, 1, 1))

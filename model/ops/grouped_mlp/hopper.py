@@ -91,6 +91,36 @@ def for_tiles(used: jax.Array, columns: int, steps: int, do: Callable[..., None]
     lax.fori_loop(0, lax.div(used * columns - me + PROCESSORS - 1, PROCESSORS), body, None)
 
 
+def share_work(
+    ring: Ring,
+    each_tile: Callable[[Callable[..., None]], None],
+    copy: Callable[..., None],
+    compute: Callable[..., None],
+) -> None:
+    """One warpgroup copies each tile, the others compute it."""
+    group, stages = lax.axis_index("warpgroup"), ring.x.shape[0]
+
+    @pl.when(group == WARPGROUPS)
+    def _() -> None:
+        mgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
+        each_tile(copy)
+        for slot in range(stages):
+            mgpu.barrier_wait(ring.free.at[slot])
+
+    @pl.when(group < WARPGROUPS)
+    def _() -> None:
+        mgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
+        for slot in range(stages):
+            mgpu.barrier_arrive(ring.free.at[slot])
+        each_tile(compute)
+        mgpu.wait_smem_to_gmem(0)
+
+
+def of_halves(first: jax.Array, second: jax.Array, gated: bool) -> tuple[jax.Array, ...]:
+    """What a tile's halves come to: SwiGLU of gate and up, or both."""
+    return (first * (1 / (1 + jnp.exp(-first))) * second,) if gated else (first, second)
+
+
 def _copy_tile(ring: Ring, x_ref, w_ref, step, first_row, first_depth, columns) -> None:
     """All steps of a tile, the first one being number `step` of the program's.
 
@@ -187,9 +217,7 @@ def _tiles_kernel(
 
     def compute(block, column, step) -> None:
         first, second = _multiply_tile(ring, group, step, steps)
-        gate = 1 / (1 + jnp.exp(-first))
-        results = (first * gate * second,) if gated else (first, second)
-        for i, result in enumerate(results):
+        for i, result in enumerate(of_halves(first, second, gated)):
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[group] = result.astype(out_smem.dtype)
             mgpu.commit_smem()
@@ -204,20 +232,7 @@ def _tiles_kernel(
             lambda: _skip_tile(ring, step, steps),
         )
 
-    @pl.when(group == WARPGROUPS)
-    def _() -> None:
-        mgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        each_tile(copy)
-        for slot in range(STAGES):
-            mgpu.barrier_wait(free.at[slot])
-
-    @pl.when(group < WARPGROUPS)
-    def _() -> None:
-        mgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
-        for slot in range(STAGES):
-            mgpu.barrier_arrive(free.at[slot])
-        each_tile(compute_or_skip)
-        mgpu.wait_smem_to_gmem(0)
+    share_work(ring, each_tile, copy, compute_or_skip)
 
 
 def _tiles(
@@ -266,15 +281,15 @@ def grouped_mlp(
 ) -> jax.Array:
     """See `model.ops.grouped_mlp.grouped_mlp`."""
     d, (layers, experts, _, _, f) = x.shape[1], w1.shape
-    places, blocks = placing.place(expert_ids, experts, ROWS, interpret=interpret)
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
-    size = placing.most_blocks(expert_ids.size, experts, ROWS) * ROWS
-    grouped = placing.spread(x, places, size, interpret=interpret)
-    product = functools.partial(_tiles, interpret=interpret)
-    gate_up = w1.reshape(layers, experts, d, 2 * f)
-    inner = product(grouped, gate_up, blocks, layer, f, gated=True)
-    out = product(inner, w2, blocks, layer, d, gated=False)
-    return placing.summed(out, places, weights)
+    product = functools.partial(_tiles, layer=layer, interpret=interpret)
+
+    def mlp(grouped: jax.Array, blocks: placing.Blocks) -> jax.Array:
+        gate_up = w1.reshape(layers, experts, d, 2 * f)
+        inner = product(grouped, gate_up, blocks, width=f, gated=True)
+        return product(inner, w2, blocks, width=d, gated=False)
+
+    return placing.by_expert(x, expert_ids, weights, experts, ROWS, mlp, interpret=interpret)
 
 
 @lowered_once("interpret")

@@ -49,9 +49,13 @@ def unsupported(
     """
     if reason := hopper.unsupported(capability, dtype, width, inner):
         return reason
-    sides = [size for block in blocks for size in (block[-1], block[-2]) if size > 1]
-    if len(sides) != 4 or any(size % DEPTH for size in sides):
-        return f"FP8 blocks of {' and of '.join('x'.join(map(str, b)) for b in blocks)}"
+    sides = [block[-2:] for block in blocks]
+    whole = (inner % sides[0][0], width % sides[1][0]) == (0, 0)  # of an expert's columns
+    if not whole or any(side % DEPTH for block in sides for side in block):
+        return (
+            f"FP8 blocks of {' and of '.join('x'.join(map(str, b)) for b in blocks)} must be "
+            f"multiples of {DEPTH} in both directions and divide the experts' columns"
+        )
     return None
 
 
@@ -206,9 +210,7 @@ def _tiles_kernel(
             *(ring, scale_ref, group, step, steps, stages, columns(number, column), block),
             interpret,
         )
-        gate = 1 / (1 + jnp.exp(-first))
-        results = (first * gate * second,) if gated else (first, second)
-        for i, result in enumerate(results):
+        for i, result in enumerate(hopper.of_halves(first, second, gated)):
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)
             result = result.astype(out_ref.dtype)
             if interpret:
@@ -220,20 +222,7 @@ def _tiles_kernel(
             at = pl.ds((column * halves + i) * HALF + group * PART, PART)
             mgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[pl.ds(number * rows, rows), at])
 
-    @pl.when(group == WARPGROUPS)
-    def _() -> None:
-        mgpu.set_max_registers(hopper.COPYING_REGISTERS, action="decrease")
-        each_tile(copy)
-        for slot in range(stages):
-            mgpu.barrier_wait(free.at[slot])
-
-    @pl.when(group < WARPGROUPS)
-    def _() -> None:
-        mgpu.set_max_registers(hopper.MULTIPLYING_REGISTERS, action="increase")
-        for slot in range(stages):
-            mgpu.barrier_arrive(free.at[slot])
-        each_tile(compute)
-        mgpu.wait_smem_to_gmem(0)
+    hopper.share_work(ring, each_tile, copy, compute)
 
 
 def _tiles(
@@ -297,11 +286,11 @@ def grouped_mlp(
     """See `model.ops.grouped_mlp.grouped_mlp`."""
     d, (_, experts, _, _, f) = x.shape[1], w1.shape
     rows = expected_rows(expert_ids.shape, experts, num_experts)
-    places, blocks = placing.place(expert_ids, experts, rows, interpret=interpret)
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
-    size = placing.most_blocks(expert_ids.size, experts, rows) * rows
-    grouped = placing.spread(x, places, size, interpret=interpret)
-    product = functools.partial(_tiles, rows=rows, interpret=interpret)
-    inner = product(grouped, w1, blocks, layer, f, gated=True)
-    out = product(inner, w2, blocks, layer, d, gated=False)
-    return placing.summed(out, places, weights)
+    product = functools.partial(_tiles, layer=layer, rows=rows, interpret=interpret)
+
+    def mlp(grouped: jax.Array, blocks: placing.Blocks) -> jax.Array:
+        inner = product(grouped, w1, blocks, width=f, gated=True)
+        return product(inner, w2, blocks, width=d, gated=False)
+
+    return placing.by_expert(x, expert_ids, weights, experts, rows, mlp, interpret=interpret)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -160,12 +161,27 @@ def spread(x: jax.Array, places: jax.Array, size: int, *, interpret: bool = Fals
     )(x, places.reshape(-1))
 
 
-def summed(out: jax.Array, places: jax.Array, weights: jax.Array) -> jax.Array:
+def by_expert(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    experts: int,
+    rows: int,
+    mlp: Callable[[jax.Array, Blocks], jax.Array],
+    *,
+    interpret: bool = False,
+) -> jax.Array:
     """Every token's weighted results, summed in float32: [T, D].
 
     Args:
-        out: [places, D]; places: i32 [T, K], -1 for absent; weights: f32 [T, K].
+        x: [T, D]; expert_ids: i32 [T, K], -1 for absent; weights: f32 [T, K].
+        rows: of a block.
+        mlp: of rows in their experts' places, [places, D] -> [places, D]; what stands in places
+            that are not taken is undefined, and is not used.
     """
+    places, blocks = place(expert_ids, experts, rows, interpret=interpret)
+    size = most_blocks(expert_ids.size, experts, rows) * rows
+    out = mlp(spread(x, places, size, interpret=interpret), blocks)
 
     def weighted(place: jax.Array, weight: jax.Array) -> jax.Array:
         """A result of each token, 0 without: what stands there is not to be used."""

@@ -146,7 +146,10 @@ def test_published_fp8_experts_get_kernels_of_their_own_on_hopper_gpus(caplog, s
         assert "is copied before it is read" not in caplog.text
         down_only = {path: block for path, block in blocks.items() if not path.endswith("w1")}
         assert experts(down_only) == "pallas"
-    assert "of the experts' weights only w2 are FP8" in caplog.text
+        interleaved = blocks | {"segments.3.experts.w1": blocks["segments.1.experts.w1"]}
+        assert experts(interleaved) == "pallas"
+    assert "of segments.1.experts only w2 is FP8" in caplog.text
+    assert "of segments.3.experts only w1 is FP8" in caplog.text
     assert experts(blocks, capability="8.9") == "pallas"
     assert experts(blocks, moe_runner_backend="pallas") == "pallas"
 
@@ -188,7 +191,7 @@ def test_hopper_gpus_get_kernels_of_their_own_for_experts_of_many_rows(caplog):
         assert grouped(moe_runner_backend="xla") == "xla"
         assert grouped(moe_runner_backend="pallas") == "pallas"
     assert (set(taken), set(others)) == ({"hopper"}, {"pallas"})
-    for text in ("expert width 64", "not float32", "capability 10.0", "only w1 are FP8"):
+    for text in ("expert width 64", "not float32", "capability 10.0", "only w1 is FP8"):
         assert text in caplog.text
 
 
