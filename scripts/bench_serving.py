@@ -163,6 +163,10 @@ class Load:
         answer.ended = self._clock()
         if answer.error is None and not answer.events:
             answer.error = "an empty answer"
+            if answer.completion:  # a model with random weights, and another one's tokenizer
+                answer.error = (
+                    f"{answer.completion} tokens without any text; --return-token-ids counts tokens"
+                )
         return answer
 
     async def _stream(self, body: dict[str, Any], answer: Answer) -> None:

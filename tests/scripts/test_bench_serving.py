@@ -83,7 +83,8 @@ USAGE = (
     [
         (200, TEXT + USAGE + DONE, None),
         (200, TEXT + USAGE, "ended without"),
-        (200, USAGE + DONE, "empty answer"),
+        (200, DONE, "empty answer"),
+        (200, USAGE + DONE, "1 tokens without any text; --return-token-ids"),
         (200, TEXT + b'data: {"error": {"message": "broke"}}\n\n' + DONE, "broke"),
         (503, b'{"message": "full"}', "HTTP 503.*full"),
     ],
