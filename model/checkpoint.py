@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
+from model.quantization import contracted_in_place, contracted_last
 from model.transformer import Transformer
 
 DTYPES = {
@@ -112,21 +113,16 @@ class MovedLast:
 
     def __init__(self, view: np.ndarray | Stack, axis: int) -> None:
         self.view, self.axis = view, axis
-        order = list(view.shape)
-        order.append(order.pop(axis))
-        self.shape = tuple(order)
+        self.shape: tuple[int, ...] = contracted_last(view.shape, axis)
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        return np.moveaxis(self.view[self._inside(index)], self.axis, -1)
+        inner = contracted_in_place(index, self.axis)
+        return np.moveaxis(self.view[inner], self.axis, -1)
 
     def read_into(self, values: np.ndarray, index: Index) -> None:
         """`values[...] = self[index]`."""
-        _read_into(np.moveaxis(values, -1, self.axis), self.view, self._inside(index))
-
-    def _inside(self, index: Index) -> Index:
-        before = list(index[:-1])
-        before.insert(len(index) + self.axis, index[-1])
-        return tuple(before)
+        inner = contracted_in_place(index, self.axis)
+        _read_into(np.moveaxis(values, -1, self.axis), self.view, inner)
 
 
 View = np.ndarray | Stack | Select | MovedLast

@@ -6,7 +6,7 @@ with. It is a pytree, so stacks of it are scanned, sliced and cut over devices l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,12 @@ class BlockFP8:
                 scale = jax.lax.slice_in_dim(scale, 0, self.data.shape[axis], axis=axis)
         numbers = (self.data.astype(jnp.float32) * scale).astype(self.dtype)
         return jax.lax.optimization_barrier(jnp.moveaxis(numbers, -1, self.contracted or -1))
+
+
+def factors_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
+    """Of `BlockFP8.scale`, for data of that shape; its last blocks may be partial."""
+    steps = (1,) * (len(shape) - len(block)) + tuple(block)
+    return tuple(-(-n // b) for n, b in zip(shape, steps, strict=True))
 
 
 def contracted_in_place(as_stored: Iterable[Any], contracted: int) -> tuple[Any, ...]:

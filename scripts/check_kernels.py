@@ -35,7 +35,7 @@ from model.ops.grouped_mlp.pallas import sort_pairs
 from model.ops.kernels import HOPPER, XLA, HopperImplementation, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention
 from model.ops.mla_attention import hopper as hopper_attention
-from model.quantization import FP8, BlockFP8, contracted_last
+from model.quantization import FP8, BlockFP8, contracted_last, factors_shape
 from scripts.benchmarking import Row, emit, own_parser, say, table
 
 BF16 = jnp.bfloat16
@@ -72,8 +72,7 @@ class Draw:
     def fp8(self, shape: tuple[int, ...], block: tuple[int, ...], contracted: int = 0) -> BlockFP8:
         """A stack [L, ...] with blocks of its last dimensions."""
         shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
-        steps = (1,) * (len(shape) - len(block)) + block
-        factors = tuple(-(-n // b) for n, b in zip(shape, steps, strict=True))
+        factors = factors_shape(shape, block)
         return BlockFP8(
             data=self.normal(*shape).astype(FP8),
             scale=0.02 * jnp.exp(self.normal(*factors, dtype=jnp.float32)),

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.checkpoint import parameter_path
 from model.config import ModelConfig
-from model.quantization import FP8, BlockFP8, contracted_last
+from model.quantization import FP8, BlockFP8, contracted_last, factors_shape
 from model.transformer import Sizes, Transformer, kv_entry
 from sharding.layout import Layout
 from sharding.rules import padded_sizes, param_spec
@@ -158,18 +158,16 @@ class ModelSpec:
             math.gcd(size, n // p) if p > 1 else size
             for size, n, p in zip(block, info.shape[lead:], parts[lead:], strict=True)
         )
-        steps = (1,) * lead + fitting
-        shape = tuple(-(-n // b) for n, b in zip(info.shape, steps, strict=True))
+        shape = factors_shape(info.shape, fitting)
         if math.prod(shape) * 4 > MAX_SCALE_SHARE * math.prod(info.shape):
             self.not_kept.append(info.path)
             return None
         if fitting != block:
             self.recut.append(info.path)
-        real_shape = tuple(-(-n // b) for n, b in zip(info.real_shape, steps, strict=True))
         factors = replace(
             info,
             shape=shape,
-            real_shape=real_shape,
+            real_shape=factors_shape(info.real_shape, fitting),
             dtype=jnp.dtype(jnp.float32),
             block=fitting,
         )

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from model.checkpoint import SafetensorsFolder
 from model.formats.fp8 import is_quantized_by_habit
-from model.quantization import BlockFP8, contracted_last
+from model.quantization import BlockFP8, contracted_last, factors_shape
 from tests.fixtures import DATA
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -78,11 +78,7 @@ def write_fp8(
 def quantised(rng, shape, block, contracted=0, dtype="float32"):
     """A random weight in FP8 blocks (the last ones partial), most of its factors far apart."""
     shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
-    lead = len(shape) - len(block)
-    steps = (1,) * lead + block
-    scale = 0.02 * 2.0 ** rng.integers(
-        -4, 5, [-(-n // b) for n, b in zip(shape, steps, strict=True)]
-    )
+    scale = 0.02 * 2.0 ** rng.integers(-4, 5, factors_shape(shape, block))
     return BlockFP8(
         data=jnp.asarray(rng.standard_normal(shape) * 4, jnp.float32).astype(FP8),
         scale=jnp.asarray(scale, jnp.float32),
@@ -94,11 +90,9 @@ def quantised(rng, shape, block, contracted=0, dtype="float32"):
 
 def abstract_fp8(shape, block, contracted=0):
     shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
-    steps = (1,) * (len(shape) - len(block)) + block
-    blocks = [-(-n // b) for n, b in zip(shape, steps, strict=True)]
     return BlockFP8(
         data=jax.ShapeDtypeStruct(shape, FP8),
-        scale=jax.ShapeDtypeStruct(blocks, jnp.float32),
+        scale=jax.ShapeDtypeStruct(factors_shape(shape, block), jnp.float32),
         block=block,
         dtype=jnp.dtype(jnp.bfloat16),
         contracted=contracted,

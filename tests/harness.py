@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ KERNELS = Kernels(
     interpret=True,
 )
 """Every kernel, run as ordinary JAX operations."""
+HOPPER = replace(KERNELS, grouped_mlp="hopper")
+PROCESSORS = 2
+"""That interpreted kernels for Hopper have: each has several tiles, not all have equally many."""
 OPTIMISED = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 """For a program that runs many steps: it runs several times as fast as conftest.py's, and takes
 about twice as long to compile."""

@@ -156,7 +156,7 @@ def _experts_kernel(
     sizes = model.hidden_size, _inner(model, layout)
     blocks = {path: block for path, (_, block) in fp8.items() if ".experts." in path}
     reason = hopper_experts.unsupported(capability, dtype, *sizes)
-    for experts in {path.rpartition(".")[0] for path in blocks}:
+    for experts in sorted({path.rpartition(".")[0] for path in blocks}):
         w1, w2 = (blocks.get(f"{experts}.{name}") for name in ("w1", "w2"))
         if w1 is None or w2 is None:
             reason = reason or f"of {experts} only {'w2' if w1 is None else 'w1'} is FP8"

@@ -15,34 +15,10 @@ import pytest
 from model import layers
 from model.ops.dense import StackedWeight
 from model.ops.grouped_mlp import grouped_mlp, hopper, placing
-from model.ops.kernels import XLA
-from tests.harness import KERNELS, lowered_for_cuda
+from tests.harness import HOPPER, KERNELS, PROCESSORS, lowered_for_cuda
 
-HOPPER = dataclasses.replace(KERNELS, grouped_mlp="hopper")
 TOKENS, EXPERTS, K = 150, 5, 2
 WIDTH, INNER = 512, 256  # two tiles of columns each
-PROCESSORS = 2  # each has several tiles, not all have equally many
-
-
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().generate_state(1)[0]
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(scope="module")
-def both():
-    """The kernels and their twin, compiled once: interpreting is little beside it."""
-
-    def outputs(*args):
-        with pytest.MonkeyPatch.context() as patch:
-            hopper.grouped_mlp.clear_cache()  # traced with other constants
-            patch.setattr(hopper, "PROCESSORS", PROCESSORS)
-            patch.setattr(hopper, "LEAST_LOAD", 0)
-            return grouped_mlp(*args, kernels=HOPPER), grouped_mlp(*args, kernels=XLA)
-
-    return jax.jit(outputs)
 
 
 def inputs(rng):

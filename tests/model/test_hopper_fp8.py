@@ -12,37 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.ops.grouped_mlp import grouped_mlp, hopper, hopper_fp8
+from model.ops.grouped_mlp import grouped_mlp, hopper_fp8
 from model.ops.grouped_mlp.pallas import expected_rows
-from model.ops.kernels import XLA
 from tests.fp8 import abstract_fp8, quantised
-from tests.harness import KERNELS, lowered_for_cuda
+from tests.harness import HOPPER, lowered_for_cuda
 
-HOPPER = dataclasses.replace(KERNELS, grouped_mlp="hopper")
 EXPERTS, K = 5, 2
 WIDTH, INNER = 512, 256
-PROCESSORS = 2  # each has several tiles, not all have equally many
 BLOCKS = ((1, 128, 1, 128), (1, 128, 128))
-
-
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().generate_state(1)[0]
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(scope="module")
-def both():
-    """The kernels and their twin, compiled once a number of tokens."""
-
-    def outputs(*args):
-        with pytest.MonkeyPatch.context() as patch:
-            hopper_fp8.grouped_mlp.clear_cache()  # traced with other constants
-            patch.setattr(hopper, "PROCESSORS", PROCESSORS)
-            return grouped_mlp(*args, kernels=HOPPER), grouped_mlp(*args, kernels=XLA)
-
-    return jax.jit(outputs)
 
 
 def inputs(rng, tokens, blocks=BLOCKS):

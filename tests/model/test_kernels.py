@@ -52,13 +52,6 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().generate_state(1)[0]
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def pool_and_tables(rng, lengths, page_size, width, dtype="float32", numbers=LATENT + ROPE):
     """A pool in which only the sequences' own tokens are numbers, on scattered pages."""
     kv = np.full((LAYERS, PAGES, page_size, numbers), np.nan, np.float32)

@@ -41,13 +41,14 @@ def grouped_mlp(
     if kernels.grouped_mlp == "xla":
         return xla.grouped_mlp(x, expert_ids, weights, w1, w2, layer)
     on_hopper = kernels.grouped_mlp == "hopper"
-    if on_hopper and isinstance(w1, BlockFP8) and isinstance(w2, BlockFP8):
+    fp8 = [isinstance(w, BlockFP8) for w in (w1, w2)]
+    if on_hopper and all(fp8):
         return hopper_fp8.grouped_mlp(
             *(x, expert_ids, weights, w1, w2, layer),
             num_experts=num_experts,
             interpret=kernels.interpret,
         )
-    if on_hopper and (isinstance(w1, BlockFP8) or isinstance(w2, BlockFP8)):
+    if on_hopper and any(fp8):
         raise TypeError("the experts' kernels for Hopper take FP8 weights only if all are")
     load = expert_ids.size / (num_experts or w1.shape[1])
     if on_hopper and load >= hopper.LEAST_LOAD:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from model.ops.grouped_mlp import hopper, placing
-from model.ops.grouped_mlp.hopper import PART, WARPGROUPS
+from model.ops.grouped_mlp.hopper import LAYOUT, PART, WARPGROUPS
 from model.ops.grouped_mlp.pallas import expected_rows
 from model.ops.kernels import InterpretGPUParams, load_as, lowered_once
 from model.ops.matrices import MANY_ROWS
@@ -31,7 +31,6 @@ DEPTH = 128
 """Contracted numbers of a step: as many bytes, as wide as shared memory is swizzled."""
 SHARED = 227 << 10
 """Bytes of shared memory; barriers need a few of them."""
-X_LAYOUT = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
 W_LAYOUT = (mgpu.TilingTransform((8, DEPTH)), mgpu.SwizzleTransform(128))
 
 
@@ -250,9 +249,9 @@ def _tiles(
         ),
         out_type=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
         scratch_types=[
-            mgpu.SMEM((stages, rows, DEPTH), x.dtype, transforms=X_LAYOUT),
+            mgpu.SMEM((stages, rows, DEPTH), x.dtype, transforms=LAYOUT),
             mgpu.SMEM((stages, 2, HALF, DEPTH), w.data.dtype, transforms=W_LAYOUT),
-            mgpu.SMEM((WARPGROUPS, rows, PART), x.dtype, transforms=X_LAYOUT),
+            mgpu.SMEM((WARPGROUPS, rows, PART), x.dtype, transforms=LAYOUT),
             mgpu.Barrier(num_arrivals=3, num_barriers=stages),
             mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         ],
