@@ -53,7 +53,7 @@ from sharding.step import ModelSpec, sharded
 
 BATCHES, CONTEXTS = (16, 64, 128, 256), (1024, 4096, 8192)
 QUICK_BATCHES, QUICK_CONTEXTS = (64, 256), (1024, 8192)
-EXPERTS = re.compile(r"experts_gate_up|experts_down")
+EXPERTS = re.compile(r"experts_(fp8_)?(gate_up|down)")
 PROFILED_STEPS = 5
 EXCHANGES, EXCHANGE_LAUNCHES = 25, 8
 """Exchanges of one program, and launches of it, that one measurement times."""

@@ -11,6 +11,7 @@ the definition's result (both round to bfloat16), or if anything is not finite. 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -104,7 +105,9 @@ def without_nan(kv: jax.Array) -> jax.Array:
 # ---- the cases -----------------------------------------------------------------------------------
 
 
-def decode(seed: int, batch: int, heads: int, dtype: Any) -> tuple[Any, Any]:
+def decode(
+    seed: int, batch: int, heads: int, dtype: Any, kernel: HopperImplementation = "pallas"
+) -> tuple[Any, Any]:
     draw, at = Draw(seed), jnp.int32(1)
     contexts = draw.rng.integers(1, 2000, batch)
     contexts[3::7] = 0
@@ -125,7 +128,8 @@ def decode(seed: int, batch: int, heads: int, dtype: Any) -> tuple[Any, Any]:
 
         return jax.jit(attend)(q, rope, stacks, kv)
 
-    return run(kv, kernels()), run(without_nan(kv), XLA)
+    chosen = dataclasses.replace(kernels(), decode_attention=kernel)
+    return run(kv, chosen), run(without_nan(kv), XLA)
 
 
 def extend(
@@ -300,6 +304,9 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
     ):
         name = f"decode {batch} sequences, {heads} heads, cache {jnp.dtype(dtype).name}"
         yield name, functools.partial(decode, seed, batch, heads, dtype)
+    for batch, heads in ((1, 128), (9, 128), (64, 128), (200, 64), (64, 20)) if on_hopper else ():
+        run = functools.partial(decode, seed, batch, heads, BF16, "hopper")
+        yield f"decode hopper {batch} sequences, {heads} heads", run
     many: list[HopperImplementation] = ["pallas", *(["hopper"] if on_hopper else [])]  # type: ignore[list-item]
     chunks = (
         [(0, 777)],

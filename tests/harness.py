@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.batch import ForwardBatch
@@ -36,6 +38,10 @@ KERNELS = Kernels(
     interpret=True,
 )
 """Every kernel, run as ordinary JAX operations."""
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(mosaic_gpu, "InterpretGPUParams"),
+    reason="Mosaic GPU kernels can be interpreted from jax 0.11 on",
+)
 HOPPER = replace(KERNELS, grouped_mlp="hopper")
 PROCESSORS = 2
 """That interpreted kernels for Hopper have: each has several tiles, not all have equally many."""

@@ -24,7 +24,7 @@ except ImportError:  # jax 0.10 has it, but does not export it
 
 Implementation = Literal["xla", "pallas"]
 HopperImplementation = Implementation | Literal["hopper"]
-"""Of operations that have another kernel for GPUs of compute capability 9.0."""
+"""Of operations that have other kernels for GPUs of compute capability 9.0."""
 
 PrefixesFound = Literal["none", "some", "perhaps"]
 """Which steps a program is for: no chunk begins behind cached tokens; at least one is expected to,
@@ -34,6 +34,8 @@ MIN_BLOCK = 16
 """Triton multiplies no smaller matrices."""
 HOPPER = "9.0"
 """The compute capability, and the only one, that has `wgmma` and its registers."""
+PROCESSORS = 132
+"""Of an H100 SXM or H200. Where there are fewer, some programs wait for others to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,8 @@ class Kernels:
     """The implementation of every operation that has more than one.
 
     Attributes:
-        decode_attention, extend_attention: of MLA; GQA has the XLA definition only. "hopper", for
-            GPUs of compute capability 9.0 alone, is another kernel for extend attention.
+        decode_attention, extend_attention: of MLA; GQA has the XLA definition only. "hopper" are
+            kernels for GPUs of compute capability 9.0 alone.
         mla_inputs: norm, rotation and cache write between MLA's projections and its attention.
         grouped_mlp: of the routed experts; "hopper" has kernels of its own for many rows, for dense
             MLPs of many rows, and for experts in FP8; for the rest it is "pallas".
@@ -56,7 +58,7 @@ class Kernels:
         interpret: run kernels as ordinary JAX operations (tests on CPU).
     """
 
-    decode_attention: Implementation = "xla"
+    decode_attention: HopperImplementation = "xla"
     extend_attention: HopperImplementation = "xla"
     mla_inputs: Implementation = "xla"
     grouped_mlp: HopperImplementation = "xla"

@@ -20,6 +20,7 @@ from model.ops.kernels import HopperImplementation, Implementation, Kernels
 from model.ops.matrices import out_of_reach
 from model.ops.matrices import unsupported as fp8_unsupported
 from model.ops.mla_attention import hopper as hopper_attention
+from model.ops.mla_attention import hopper_decode
 from model.ops.mla_attention import triton as triton_attention
 from model.ops.routing import unsupported as route_unsupported
 from serving.config import ConfigError, ServerConfig
@@ -43,6 +44,7 @@ def choose_kernels(
     platform: str,
     capability: str | None,
     dtype: DTypeLike,
+    kv_dtype: DTypeLike | None = None,
     fp8: Mapping[str, FP8Blocks] | None = None,
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
@@ -50,6 +52,7 @@ def choose_kernels(
     Args:
         capability: the devices' compute capability, if they are NVIDIA GPUs.
         dtype: of activations.
+        kv_dtype: of the KV pool, if not the same.
         fp8: the parameters that stay in FP8 on the devices, see `ModelSpec.fp8_blocks`.
 
     Raises:
@@ -71,6 +74,7 @@ def choose_kernels(
     experts: HopperImplementation = routing
     if experts == "pallas" and config.moe_runner_backend == "auto":
         experts = _experts_kernel(model, layout, capability, dtype, fp8)
+    decode: HopperImplementation = attention
     extend: HopperImplementation = attention
     if attention == "pallas" and config.enable_deterministic_inference:
         extend = "xla"
@@ -79,12 +83,14 @@ def choose_kernels(
             "--enable-deterministic-inference excludes"
         )
     elif attention == "pallas" and config.attention_backend == "auto":
+        # The bits of Hopper's decode kernel depend on who decodes beside.
+        decode = _decode_kernel(config, model, layout, capability, dtype, kv_dtype)
         extend = _extend_kernel(model, capability, dtype)
     if routing == "pallas" and (reason := route_unsupported(model.hidden_size)):
         routing = "xla"
         log.info("routing: xla, no kernel for it: %s", reason)
     kernels = Kernels(
-        decode_attention=attention,
+        decode_attention=decode,
         extend_attention=extend,
         mla_inputs=attention,
         grouped_mlp=experts,
@@ -113,6 +119,24 @@ def _chosen(flag: str, asked: str, reason: str | None) -> Implementation:
         raise ConfigError(f"{flag} pallas: no kernels for this model here: {reason}; use xla.")
     log.info("%s auto: xla, no kernels for this model here: %s", flag, reason)
     return "xla"
+
+
+def _decode_kernel(
+    config: ServerConfig,
+    model: ModelConfig,
+    layout: Layout,
+    capability: str | None,
+    dtype: DTypeLike,
+    kv_dtype: DTypeLike | None,
+) -> HopperImplementation:
+    types = dtype, dtype if kv_dtype is None else kv_dtype
+    heads = -(-model.num_heads // layout.size(layout.attn_tp))
+    sizes = model.kv_lora_rank, model.rotary_dim, heads, config.page_size
+    reason = hopper_decode.unsupported(capability, *types, *sizes)
+    if reason is None:
+        return "hopper"
+    log.info("decode attention: pallas, the kernel for Hopper GPUs is not for this: %s", reason)
+    return "pallas"
 
 
 def _extend_kernel(

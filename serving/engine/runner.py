@@ -178,6 +178,7 @@ class ModelRunner:
             platform=self.platform,
             capability=getattr(device, "compute_capability", None),
             dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             fp8=self.spec.fp8_blocks,
         )
         self._log_fp8(source)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu
 
 from model.batch import Prefixes, find_prefixes
 from model.config import ModelConfig
@@ -41,33 +40,12 @@ from model.quantization import FP8
 from model.rope import apply_rope
 from tests.fixtures import DATA
 from tests.fp8 import abstract_fp8, quantised
-from tests.harness import KERNELS, lowered_for_cuda
+from tests.harness import KERNELS, lowered_for_cuda, needs_interpreter
+from tests.paged import LAYERS, no_nan, pool_and_tables
 
-LAYERS, PAGES, LATENT, ROPE, NOPE, VALUE = 2, 120, 32, 16, 16, 32
+LATENT, ROPE, NOPE, VALUE = 32, 16, 16, 32
 SIZES = (LATENT, ROPE, NOPE, VALUE)
 SCALE = 0.21
-needs_interpreter = pytest.mark.skipif(
-    not hasattr(mosaic_gpu, "InterpretGPUParams"),
-    reason="Mosaic GPU kernels can be interpreted from jax 0.11 on",
-)
-
-
-def pool_and_tables(rng, lengths, page_size, width, dtype="float32", numbers=LATENT + ROPE):
-    """A pool in which only the sequences' own tokens are numbers, on scattered pages."""
-    kv = np.full((LAYERS, PAGES, page_size, numbers), np.nan, np.float32)
-    free = list(rng.permutation(np.arange(1, PAGES)))
-    tables = np.zeros((len(lengths), width), np.int32)
-    for row, length in zip(tables, lengths, strict=True):
-        for i in range(-(-length // page_size)):
-            row[i] = free.pop()
-            n = min(page_size, length - i * page_size)
-            kv[:, row[i], :n] = rng.standard_normal((LAYERS, n, numbers))
-    return jnp.asarray(kv).astype(dtype), jnp.asarray(tables)
-
-
-def no_nan(kv):
-    """The pool for the XLA twin, which multiplies what it does not see by zero."""
-    return jnp.where(jnp.isnan(kv.astype(jnp.float32)), 0, kv.astype(jnp.float32)).astype(kv.dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -84,7 +62,7 @@ def no_nan(kv):
 )
 def test_decode_attention_equals_its_twin(rng, heads, page_size, kv_dtype, splits):
     lengths = [1, 16, 17, 0, 129, 300]
-    kv, tables = pool_and_tables(rng, lengths, page_size, 20, kv_dtype)
+    kv, tables = pool_and_tables(rng, lengths, page_size, 20, kv_dtype, LATENT + ROPE)
     dtype, bound = (jnp.bfloat16, 0.05) if kv_dtype == "bfloat16" else (jnp.float32, 3e-5)
     q_latent = jnp.asarray(rng.standard_normal((len(lengths), heads, LATENT)), dtype)
     q_rope = jnp.asarray(rng.standard_normal((len(lengths), heads, ROPE)), dtype)
@@ -105,7 +83,7 @@ def extend_inputs(rng, rows, chunks, heads, shared=(), sizes=SIZES):
     latent, rope, nope, value = sizes
     contexts = [start + n for start, n in chunks]
     contexts += [0] * (5 - len(chunks))
-    kv, tables = pool_and_tables(rng, contexts, 16, 42, numbers=latent + rope)
+    kv, tables = pool_and_tables(rng, contexts, 16, 42, "float32", latent + rope)
     tables = np.array(tables)
     for i in shared:
         assert chunks[i][0] == chunks[i - 1][0]

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from model.ops.grouped_mlp import placing
-from model.ops.kernels import HOPPER, InterpretGPUParams, lowered_once
+from model.ops.kernels import HOPPER, PROCESSORS, InterpretGPUParams, lowered_once
 
 WARPGROUPS = 2
 """That multiply, each a part of a tile's rows; one more copies."""
@@ -35,8 +35,6 @@ STAGES = 4
 """Steps in shared memory: 48 of its 227 KiB each, beside 32 for results."""
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
 """Of a thread: 128 times the first and twice the second are the 64 Ki that there are."""
-PROCESSORS = 132
-"""Of an H100 SXM or H200. Where there are fewer, some programs wait for others to end."""
 LAYOUT = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
 LEAST_LOAD = 64
 """Pairs of an expert, in the mean, from which these kernels are faster than those for all GPUs.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from model.batch import Prefixes
 from model.ops.dense import StackedWeight
 from model.ops.kernels import XLA, Kernels
-from model.ops.mla_attention import decode, extend, heads, hopper, triton, xla
+from model.ops.mla_attention import decode, extend, heads, hopper, hopper_decode, triton, xla
 from model.quantization import BlockFP8
 
 
@@ -48,7 +48,8 @@ def decode_attention(
     """
     if kernels.decode_attention == "xla":
         return xla.decode_attention(q_latent, q_rope, kv, layer, tables, lengths, scale=scale)
-    return decode.decode_attention(
+    kernel = hopper_decode if kernels.decode_attention == "hopper" else decode
+    return kernel.decode_attention(
         q_latent, q_rope, kv, layer, tables, lengths, scale=scale, interpret=kernels.interpret
     )
 
@@ -74,7 +75,7 @@ def decode_heads(
         kv, layer, tables, lengths, scale, kernels: see `decode_attention`.
     """
     if (
-        kernels.decode_attention == "pallas"
+        kernels.decode_attention != "xla"
         and isinstance(w_uk, StackedWeight)
         and isinstance(w_uv, StackedWeight)
         and not isinstance(w_uk.stack, BlockFP8)

@@ -17,32 +17,35 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from model.ops.kernels import HOPPER, InterpretGPUParams, load_as, lowered_once
+from model.ops.kernels import HOPPER, InterpretGPUParams, lowered_once
 from model.ops.mla_attention.extend import Chunks, Expanded, Source, State, chunks_of_blocks
-from model.ops.mla_attention.pages import LOG2_E, MASKED, dot
+from model.ops.mla_attention.pages import LOG2_E, MASKED
+from model.ops.mla_attention.warpgroups import (
+    ALIGNMENT,
+    COLUMNS,
+    GROUPS,
+    LESS,
+    MORE,
+    ROWS,
+    Product,
+    across,
+    filled,
+    iota,
+    load,
+    multiply,
+    tiles,
+)
 
-GROUPS, ROWS = 2, 64
-"""Warpgroups that compute, and the rows that each has: those of one `wgmma`."""
 KEYS, STAGES = 128, 2
 """Keys of a block, and blocks in shared memory at a time."""
-SWIZZLE = 128
-"""Bytes of a row that are swizzled in shared memory."""
-COLUMNS = 64
-"""Sizes are multiples of it: a row of a tile, in numbers of two bytes."""
 MAX_WIDTH = 128
 """Numbers of a key without rope, or of a value: more do not fit into registers."""
-ALIGNMENT = 8
-"""Rows of a tile: copies begin at a multiple of it."""
 LEAST_ROWS = 1024
 """Rows that prefill, from which it is taken: a program has up to four kernels of it to compile,
 seconds each, and with fewer there is little to gain. Where the border lies was not measured."""
-LESS, MORE = 24, 240
-"""Registers of a thread that copies, and of one that computes."""
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 """What a warpgroup's rows have met: sums [ROWS, V], maxima and totals [ROWS] of a softmax, f32."""
-Product = tuple[int, Any, Any, bool]
-"""Which accumulator, its factors [ROWS, k] and [k, n], and whether the latter lies transposed."""
 
 
 def unsupported(
@@ -126,49 +129,11 @@ def _span(source: Source, c: jax.Array, place: _Place) -> _Span:
 
 def _seen(scores: jax.Array, span: _Span, row: jax.Array, key: jax.Array, causal: bool):
     """Scores of rows from `row` and of the chunk's keys from `key` on; -inf where unseen."""
-    iota = functools.partial(
-        plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=plgpu.Layout.WGMMA
-    )
-    rows, keys = row + iota(0), key + iota(1)
+    rows, keys = row + iota(scores.shape, 0), key + iota(scores.shape, 1)
     seen = (rows >= span.first_row) & (rows < span.end) & (keys >= 0) & (keys < span.stop)
     if causal:
         seen &= keys <= rows - span.first_row
     return jnp.where(seen, scores, -jnp.inf)
-
-
-def _full(size: float, shape: tuple[int, ...]) -> jax.Array:
-    """An array of numbers for each row [ROWS], or for what a `wgmma` gives [ROWS, n]."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.layout_cast(jnp.full(shape, size, jnp.float32), layout)
-
-
-def _across(of_rows: jax.Array, width: int) -> jax.Array:
-    return lax.broadcast_in_dim(of_rows, (ROWS, width), [0])
-
-
-def _multiply(
-    accumulators: Sequence[jax.Array],
-    products: Sequence[Product],
-    issued: Callable[[], None],
-    interpret: bool,
-) -> list[jax.Array]:
-    """Accumulators f32 plus products; `issued` is called as soon as the last one is under way.
-
-    Interpret mode has neither accumulators that begin with something nor factors in registers.
-    """
-    if interpret:
-        sums = list(accumulators)
-        for i, a, b, transposed in products:
-            sums[i] += dot(a[...], b[...], transposed=transposed)
-        issued()
-        return sums
-
-    def issue(refs: Sequence[Any]) -> None:
-        for i, a, b, transposed in products:
-            plgpu.wgmma(refs[i], a, b.transpose((1, 0)) if transposed else b)
-        issued()
-
-    return pl.run_state(issue)([plgpu.ACC.init(a) for a in accumulators])
 
 
 def _copy(source: Source, shared: _Shared, place: _Place, step: jax.Array) -> jax.Array:
@@ -204,11 +169,11 @@ def _softmax(scores: jax.Array, so_far: Sums, factor: float, dtype: Any) -> tupl
     out, maximum, total = so_far
     new = jnp.maximum(maximum, scores.max(axis=1) * factor)
     decay = jnp.exp2(maximum - new)
-    p = jnp.exp2(scores * factor - _across(new, scores.shape[1]))
+    p = jnp.exp2(scores * factor - across(new, scores.shape[1]))
     total = total * decay + p.sum(axis=1)
     # All of it before the turn on the tensor cores, not while it is waited for.
     return lax.optimization_barrier(
-        ((out * _across(decay, out.shape[1]), new, total), p.astype(dtype))
+        ((out * across(decay, out.shape[1]), new, total), p.astype(dtype))
     )
 
 
@@ -237,7 +202,7 @@ def _compute(
         ]
 
     def no_scores() -> jax.Array:
-        return _full(0, (ROWS, KEYS))
+        return filled(0, (ROWS, KEYS))
 
     def free(barrier, step) -> None:
         """Of the stages, only those are given back that will be used again."""
@@ -246,7 +211,7 @@ def _compute(
 
     plgpu.barrier_wait(shared.q_ready.at[group])
     pl.when(steps > 0)(lambda: plgpu.barrier_wait(shared.k_ready.at[0]))
-    (scores,) = _multiply([no_scores()], key_products(0, 0), lambda: None, interpret)
+    (scores,) = multiply([no_scores()], key_products(0, 0), lambda: None, interpret)
     free(shared.k_free, jnp.int32(0))
     pl.when(group == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
 
@@ -266,7 +231,7 @@ def _compute(
             plgpu.barrier_wait(shared.v_ready.at[slot])
             pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(shared.k_ready.at[following]))
             plgpu.barrier_wait(shared.turn.at[group])
-            out, scores = _multiply(  # the last scores are of nothing and for nobody
+            out, scores = multiply(  # the last scores are of nothing and for nobody
                 [out, no_scores()],
                 [(0, p, shared.values.at[slot], False), *key_products(1, following)],
                 lambda: plgpu.barrier_arrive(shared.turn.at[1 - group]),
@@ -283,12 +248,6 @@ def _compute(
         carry = place.each_chunk(functools.partial(one_chunk, source), carry)
     pl.when(group == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
     return carry[-1]
-
-
-def _load(ref: Any, ndim: int) -> jax.Array:
-    """Numbers of rows f32 from global memory, laid out as `_full` does."""
-    layout = plgpu.Layout.WGMMA if ndim == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return load_as(ref, layout, optimized=False)
 
 
 def _kernel(
@@ -337,15 +296,15 @@ def _kernel(
             q_nope_ref.at[queries, head, pl.ds(0, q_nope.shape[-1])], q_nope, ready
         )
         plgpu.copy_gmem_to_smem(q_rope_ref.at[queries, head], shared.q_rope.at[group], ready)
-        so_far = _full(0, (ROWS, value)), _full(MASKED, (ROWS,)), _full(0, (ROWS,))
+        so_far = filled(0, (ROWS, value)), filled(MASKED, (ROWS,)), filled(0, (ROWS,))
         if starts:
-            log_sum = _load(state[1].at[head, mine], 1)
+            log_sum = load(state[1].at[head, mine], 1)
             total = jnp.where(log_sum > MASKED, 1.0, 0.0)
-            so_far = _load(state[0].at[mine, head], 2), log_sum, total
+            so_far = load(state[0].at[mine, head], 2), log_sum, total
         out, maximum, total = _compute(sources, shared, place, so_far, factor, interpret)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
-        out *= _across(1.0 / total, value)
+        out *= across(1.0 / total, value)
         if not causal[-1]:
             outs[0].at[mine, head][...] = out
             outs[1].at[head, mine][...] = jnp.where(seen, maximum + jnp.log(total) * LOG2_E, MASKED)
@@ -358,13 +317,11 @@ def _kernel(
 
 
 def _shared(nope: int, rope: int, value: int, dtype: Any) -> _Shared:
-    columns = SWIZZLE // jnp.dtype(dtype).itemsize
-    tiles = plgpu.TilingTransform((ALIGNMENT, columns)), plgpu.SwizzleTransform(SWIZZLE)
-    smem = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiles)
+    smem = functools.partial(tiles, dtype=dtype)
     barrier = plgpu.Barrier
     return _Shared(
-        *(smem((GROUPS, ROWS, width)) for width in (nope, rope)),
-        *(smem((STAGES, KEYS, width)) for width in (nope, rope, value)),
+        *(smem(GROUPS, ROWS, width) for width in (nope, rope)),
+        *(smem(STAGES, KEYS, width) for width in (nope, rope, value)),
         q_ready=barrier(num_arrivals=2, num_barriers=GROUPS),
         k_ready=barrier(num_arrivals=2, num_barriers=STAGES),
         v_ready=barrier(num_barriers=STAGES),

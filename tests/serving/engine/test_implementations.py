@@ -36,6 +36,7 @@ def choose(
     fp8=None,
     capability="8.0",
     dtype="bfloat16",
+    kv_dtype=None,
     sizes=(),
     **flags,
 ):
@@ -47,6 +48,7 @@ def choose(
         platform=platform,
         capability=capability,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         fp8=fp8,
     )
 
@@ -79,6 +81,34 @@ def test_hopper_gpus_have_an_extend_kernel_for_heads_of_its_sizes(caplog):
     assert by_name.extend_attention == "pallas"
     assert {other.extend_attention for other in others} == {"pallas"}
     for text in ("qk_rope_head_dim", "v_head_dim 256", "float32 is no", "capability 10.0"):
+        assert text in caplog.text
+
+
+def test_hopper_gpus_have_a_decode_kernel_for_many_heads(caplog):
+    sizes = {"kv_lora_rank": 512, "rotary_dim": 64, "num_heads": 128}
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        taken = choose("deepseek_v2_lite", capability="9.0", sizes=sizes)
+        cut = [
+            choose("deepseek_v2_lite", layout=(4, 1, 1), capability="9.0", sizes=sizes),
+            choose("deepseek_v2_lite", layout=(8, 8, 8), capability="9.0", sizes=sizes),
+        ]
+        others = [
+            choose("deepseek_v2_lite", layout=(8, 1, 1), capability="9.0", sizes=sizes),
+            choose("deepseek_v2_lite", capability="9.0", sizes=sizes, kv_dtype="float8_e4m3fn"),
+            choose("deepseek_v2_lite", capability="9.0", sizes=sizes, page_size=24),
+            choose("deepseek_v2_lite", capability="10.0", sizes=sizes),
+            # Its bits depend on who decodes beside.
+            choose(
+                "deepseek_v2_lite",
+                capability="9.0",
+                sizes=sizes,
+                enable_deterministic_inference=True,
+            ),
+            choose("deepseek_v2_lite", capability="9.0", sizes=sizes, attention_backend="pallas"),
+        ]
+    assert {chosen.decode_attention for chosen in (taken, *cut)} == {"hopper"}
+    assert {other.decode_attention for other in others} == {"pallas"}
+    for text in ("of 16 heads", "cache of float8_e4m3fn", "pages of 24", "capability 10.0"):
         assert text in caplog.text
 
 
