@@ -34,7 +34,7 @@ from model.ops.dense import StackedWeight, matmul_parts
 from model.ops.grouped_mlp import grouped_mlp, hopper
 from model.ops.grouped_mlp.pallas import sort_pairs
 from model.ops.kernels import HOPPER, XLA, HopperImplementation, Kernels
-from model.ops.mla_attention import decode_heads, extend_attention
+from model.ops.mla_attention import decode_heads, extend_attention, hopper_decode
 from model.ops.mla_attention import hopper as hopper_attention
 from model.quantization import FP8, BlockFP8, contracted_last, factors_shape
 from scripts.benchmarking import Row, emit, own_parser, say, table
@@ -393,7 +393,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     seed = int(time.time()) if args.seed is None else args.seed
     on_hopper = getattr(device, "compute_capability", None) == HOPPER
-    hopper.LEAST_LOAD = hopper_attention.LEAST_ROWS = 0
+    hopper.LEAST_LOAD = hopper_attention.LEAST_ROWS = hopper_decode.LEAST_ROWS = 0
     chosen = [case for case in cases(on_hopper, seed) if any(part in case[0] for part in args.only)]
     rows: list[Row] = []
     with ThreadPoolExecutor(4) as pool:  # most of the time goes into compiling

@@ -75,6 +75,7 @@ def test_every_block_has_one_worker_and_every_split_sequence_one_that_merges(
 )
 def test_it_equals_its_twin(rng, monkeypatch, heads, page_size, processors, lengths):
     monkeypatch.setattr(hopper_decode, "PROCESSORS", processors)
+    monkeypatch.setattr(hopper_decode, "LEAST_ROWS", 0)
     hopper_decode.decode_attention.clear_cache()  # traced with other constants
     width = max(1, -(-max(lengths) // page_size))
     kv, tables = pool_and_tables(rng, lengths, page_size, width, "bfloat16", LATENT + ROPE)

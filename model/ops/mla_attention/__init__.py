@@ -48,7 +48,9 @@ def decode_attention(
     """
     if kernels.decode_attention == "xla":
         return xla.decode_attention(q_latent, q_rope, kv, layer, tables, lengths, scale=scale)
-    kernel = hopper_decode if kernels.decode_attention == "hopper" else decode
+    on_hopper = kernels.decode_attention == "hopper"
+    on_hopper &= len(q_latent) * q_latent.shape[1] >= hopper_decode.LEAST_ROWS
+    kernel = hopper_decode if on_hopper else decode
     return kernel.decode_attention(
         q_latent, q_rope, kv, layer, tables, lengths, scale=scale, interpret=kernels.interpret
     )

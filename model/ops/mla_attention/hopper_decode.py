@@ -51,6 +51,9 @@ MERGED_HEADS, MERGED_PARTS = 2, 8
 """Of one program that merges, at a time."""
 FEW_HEADS = 16
 """So many are read as fast by the kernel for all GPUs, whose programs have no more rows."""
+LEAST_ROWS = 512
+"""Heads of all sequences, from which it is taken: with fewer the other one is as fast, or faster
+by microseconds (docs/performance.md)."""
 MAXIMA, P, TOTALS = range(3)
 """What warpgroups tell each other."""
 
