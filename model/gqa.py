@@ -7,6 +7,7 @@ Rotated keys and values are cached. Query heads stand beside the key/value head 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,9 @@ class GQAttention(nnx.Module):
             (k32 * rms[1]).astype(key.dtype) * self.k_norm[...],
         )
 
+    def plan(self, *_: Any) -> None:
+        """Nothing, see `MLAttention.plan`."""
+
     def attend(
         self,
         queries: jax.Array,
@@ -126,6 +130,7 @@ class GQAttention(nnx.Module):
         batch: ForwardBatch,
         rows: Rows,
         part: MicroBatch,
+        plan: None,
         comm: Comm,
         kernels: Kernels,
     ) -> jax.Array:

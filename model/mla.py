@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.layers import ParamFactory, rms_norm
 from model.ops.dense import as_stacked, matmul, matmul_parts, sum_parts
 from model.ops.kernels import XLA, Kernels
-from model.ops.mla_attention import decode_heads, extend_attention
+from model.ops.mla_attention import decode_heads, extend_attention, plan_decode
 from model.ops.mla_attention.inputs import finish_inputs
 from model.quantization import saturating_cast
 from model.rope import apply_rope, query_scale
@@ -142,6 +142,14 @@ class MLAttention(nnx.Module):
             (entry,) = matmul_parts(x, (self.kv_a.get_value(),), 1, kernels)
         return q, entry
 
+    def plan(
+        self, batch: ForwardBatch, rows: Rows, part: MicroBatch, page_size: int, kernels: Kernels
+    ) -> Any:
+        """What `attend` of any layer of a segment needs besides, found out once."""
+        tables, lengths = batch.decode_tables[part.decode], rows.decode_lengths[part.decode]
+        heads = self.w_uk.get_value().shape[-3]
+        return plan_decode(tables, lengths, heads, page_size, kernels)
+
     def attend(
         self,
         queries: tuple[jax.Array, jax.Array],
@@ -151,13 +159,14 @@ class MLAttention(nnx.Module):
         batch: ForwardBatch,
         rows: Rows,
         part: MicroBatch,
+        plan: Any,
         comm: Comm,
         kernels: Kernels,
     ) -> jax.Array:
         """The n rows of a micro-batch against what their sequences have in the pool.
 
         Args:
-            queries: of the micro-batch's rows, from `project`.
+            queries: of the micro-batch's rows, from `project`; plan: theirs, from `plan`.
             entries: [T, C + R], of all rows of the step, from `project`.
             kv: [L, N, S, C + R], this slice's pool, which has them all; layer: i32.
             rows: all rows of the step.
@@ -197,6 +206,7 @@ class MLAttention(nnx.Module):
                 batch.decode_tables[part.decode],
                 rows.decode_lengths[part.decode],
                 scale=scale,
+                plan=plan,
                 kernels=kernels,
             )
             attended = attended.at[:b].set(decoded) if prefills else decoded

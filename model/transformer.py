@@ -237,6 +237,8 @@ def _run_segment(
     parts = micro_batches(batch, cut if segment.kind == "moe" else 0)
     graph, stacked = nnx.split(segment.layers)
     eps, scale = segment.layers.config.rms_norm_eps, segment.layers.config.residual_scale
+    attention = segment.layers.attention
+    plans = [attention.plan(batch, rows, part, kv.shape[2], kernels) for part in parts]
 
     def one_layer(
         carry: tuple[tuple[jax.Array, ...], jax.Array], scanned: tuple[nnx.State, jax.Array]
@@ -257,8 +259,8 @@ def _run_segment(
             *(parts, kv, at, rows, cos, sin, comm, kernels),
         )
         attended = []
-        for x, q, part in zip(xs, queries, parts, strict=True):
-            y = layer.attention.attend(q, entries, kv, at, batch, rows, part, comm, kernels)
+        for x, q, part, plan in zip(xs, queries, parts, plans, strict=True):
+            y = layer.attention.attend(q, entries, kv, at, batch, rows, part, plan, comm, kernels)
             attended.append(
                 add_and_norm(x, y, layer.mlp_norm.get_value(), eps, kernels, scale=scale)
             )

@@ -82,16 +82,18 @@ class Draw:
             contracted=contracted,
         )
 
-    def pool(self, contexts: np.ndarray, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    def pool(
+        self, contexts: np.ndarray, dtype: Any, page: int = PAGE
+    ) -> tuple[jax.Array, jax.Array]:
         """A pool of 2 layers on scattered pages, NaN where no sequence has a token; page tables."""
-        width = max(1, int(-(-contexts.max() // PAGE)))
-        pages = -(-contexts // PAGE)
+        width = max(1, int(-(-contexts.max() // page)))
+        pages = -(-contexts // page)
         ids = 1 + self.rng.permutation(int(pages.sum()))
         tables = np.zeros((len(contexts), width), np.int32)
-        written = np.zeros((1 + len(ids), PAGE), bool)
+        written = np.zeros((1 + len(ids), page), bool)
         for row, context, n, end in zip(tables, contexts, pages, np.cumsum(pages), strict=True):
             row[:n] = ids[end - n : end]
-            written[row[:n]] = (np.arange(n * PAGE) < context).reshape(n, PAGE)
+            written[row[:n]] = (np.arange(n * page) < context).reshape(n, page)
         kv = self.normal(2, *written.shape, LATENT + ROPE).astype(dtype)
         nothing = jnp.asarray(jnp.nan, jnp.float32).astype(dtype)
         return jnp.where(written[None, :, :, None], kv, nothing), jnp.asarray(tables)
@@ -106,12 +108,17 @@ def without_nan(kv: jax.Array) -> jax.Array:
 
 
 def decode(
-    seed: int, batch: int, heads: int, dtype: Any, kernel: HopperImplementation = "pallas"
+    seed: int,
+    batch: int,
+    heads: int,
+    dtype: Any,
+    kernel: HopperImplementation = "pallas",
+    page: int = PAGE,
 ) -> tuple[Any, Any]:
     draw, at = Draw(seed), jnp.int32(1)
     contexts = draw.rng.integers(1, 2000, batch)
     contexts[3::7] = 0
-    kv, tables = draw.pool(contexts, dtype)
+    kv, tables = draw.pool(contexts, dtype, page)
     q, rope = draw.normal(batch, heads, NOPE), draw.normal(batch, heads, ROPE)
     stacks = [
         draw.normal(2, heads, NOPE, LATENT, scale=NOPE**-0.5),
@@ -304,9 +311,10 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
     ):
         name = f"decode {batch} sequences, {heads} heads, cache {jnp.dtype(dtype).name}"
         yield name, functools.partial(decode, seed, batch, heads, dtype)
-    for batch, heads in ((1, 128), (9, 128), (64, 128), (200, 64), (64, 20)) if on_hopper else ():
-        run = functools.partial(decode, seed, batch, heads, BF16, "hopper")
-        yield f"decode hopper {batch} sequences, {heads} heads", run
+    many_heads = (1, 128, 16), (9, 128, 64), (64, 128, 16), (200, 64, 32), (64, 20, 8), (9, 64, 128)
+    for batch, heads, page in many_heads if on_hopper else ():
+        run = functools.partial(decode, seed, batch, heads, BF16, "hopper", page)
+        yield f"decode hopper {batch} sequences, {heads} heads, pages of {page}", run
     many: list[HopperImplementation] = ["pallas", *(["hopper"] if on_hopper else [])]  # type: ignore[list-item]
     chunks = (
         [(0, 777)],

@@ -79,11 +79,11 @@ def choose_kernels(
     if attention == "pallas" and config.enable_deterministic_inference:
         extend = "xla"
         log.info(
-            "extend attention: xla, because the kernel's bits depend on what is cached, which "
-            "--enable-deterministic-inference excludes"
+            "extend attention: xla, because the kernel's bits depend on what is cached, and none "
+            "of those for Hopper GPUs in decode attention, whose bits depend on who decodes "
+            "beside: --enable-deterministic-inference excludes both"
         )
     elif attention == "pallas" and config.attention_backend == "auto":
-        # The bits of Hopper's decode kernel depend on who decodes beside.
         decode = _decode_kernel(config, model, layout, capability, dtype, kv_dtype)
         extend = _extend_kernel(model, capability, dtype)
     if routing == "pallas" and (reason := route_unsupported(model.hidden_size)):
@@ -130,7 +130,7 @@ def _decode_kernel(
     kv_dtype: DTypeLike | None,
 ) -> HopperImplementation:
     types = dtype, dtype if kv_dtype is None else kv_dtype
-    heads = -(-model.num_heads // layout.size(layout.attn_tp))
+    heads = padded_sizes(model, layout).heads // layout.size(layout.attn_tp)
     sizes = model.kv_lora_rank, model.rotary_dim, heads, config.page_size
     reason = hopper_decode.unsupported(capability, *types, *sizes)
     if reason is None:

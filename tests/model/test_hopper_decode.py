@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.batch import ForwardBatch
+from model.comm import SingleDevice
+from model.config import ModelConfig
 from model.ops.kernels import XLA
-from model.ops.mla_attention import decode_attention, hopper_decode
+from model.ops.mla_attention import decode_attention, hopper_decode, plan_decode
 from model.ops.mla_attention.hopper_decode import BLOCK, LEAST_SHARE, shared_out
+from scripts.bench_offline import SHAPES
+from sharding.layout import make_layout
+from sharding.step import ModelSpec
 from tests.harness import KERNELS, PROCESSORS, lowered_for_cuda, needs_interpreter
 from tests.paged import no_nan, pool_and_tables
 
@@ -36,14 +42,25 @@ def workers_of(work, sequences, workers):
     return found
 
 
+def lengths_of(rng, kind, sequences):
+    """Random ones, some without tokens; or all alike, at the borders of blocks."""
+    if kind != "random":
+        return np.full(sequences, kind, np.int32)
+    lengths = rng.integers(0, 3000, sequences).astype(np.int32)
+    lengths[rng.random(sequences) < 0.2] = 0
+    return lengths
+
+
+@pytest.mark.parametrize("kind", ["random", 0, BLOCK, 2 * BLOCK, 8 * BLOCK + 1])
 @pytest.mark.parametrize("workers", [1, 2, 7, 66])
 @pytest.mark.parametrize("sequences", [1, 3, 64])
 def test_every_block_has_one_worker_and_every_split_sequence_one_that_merges(
-    rng, sequences, workers
+    rng, sequences, workers, kind
 ):
-    lengths = rng.integers(0, 3000, sequences).astype(np.int32)
-    lengths[rng.random(sequences) < 0.2] = 0
-    work = jax.jit(shared_out, static_argnums=1)(lengths, workers)
+    lengths = lengths_of(rng, kind, sequences)
+    tables = rng.integers(0, 9, (sequences, 5)).astype(np.int32)
+    work = jax.jit(shared_out, static_argnums=(2, 3))(tables, lengths, 16, workers)
+    np.testing.assert_array_equal(work.pages, 16 * tables)
     np.testing.assert_array_equal(work.lengths, lengths)
     np.testing.assert_array_equal(work.blocks, np.maximum(1, -(-lengths // BLOCK)))
     found = workers_of(work, sequences, workers)
@@ -63,27 +80,40 @@ def test_every_block_has_one_worker_and_every_split_sequence_one_that_merges(
     assert merged == parts
 
 
+@pytest.fixture
+def constants(monkeypatch):
+    """Sets constants of the kernel; what is traced with them is forgotten before and after."""
+
+    def patch(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(hopper_decode, name, value)
+        hopper_decode.decode_attention.clear_cache()
+
+    yield patch
+    hopper_decode.decode_attention.clear_cache()
+
+
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("heads", "page_size", "processors", "lengths"),
+    ("heads", "page_size", "processors", "lengths", "dtype"),
     [
-        (64, 16, PROCESSORS, [1, 64, 65, 0, 200, 130]),  # sequences in two programs
-        (128, 32, 2 * PROCESSORS, [300, 7]),
-        (20, 8, 4, [900]),  # one in all four
-        (40, 128, 3, [0, 0, 9]),  # pages longer than blocks; a program without work
+        (64, 16, PROCESSORS, [1, 64, 65, 0, 200, 130], "bfloat16"),  # sequences in two programs
+        (128, 32, 2 * PROCESSORS, [300, 7], "float16"),
+        (20, 8, 4, [900], "bfloat16"),  # one in all four
+        (20, 16, 22, [1300, 64], "bfloat16"),  # more parts than are merged at a time
+        (40, 128, 3, [0, 0, 9], "bfloat16"),  # pages longer than blocks; one program has no work
     ],
 )
-def test_it_equals_its_twin(rng, monkeypatch, heads, page_size, processors, lengths):
-    monkeypatch.setattr(hopper_decode, "PROCESSORS", processors)
-    monkeypatch.setattr(hopper_decode, "LEAST_ROWS", 0)
-    hopper_decode.decode_attention.clear_cache()  # traced with other constants
+def test_it_equals_its_twin(rng, constants, heads, page_size, processors, lengths, dtype):
+    constants(PROCESSORS=processors, LEAST_ROWS=0)
     width = max(1, -(-max(lengths) // page_size))
-    kv, tables = pool_and_tables(rng, lengths, page_size, width, "bfloat16", LATENT + ROPE)
-    q_latent = jnp.asarray(rng.standard_normal((len(lengths), heads, LATENT)), jnp.bfloat16)
-    q_rope = jnp.asarray(rng.standard_normal((len(lengths), heads, ROPE)), jnp.bfloat16)
+    kv, tables = pool_and_tables(rng, lengths, page_size, width, dtype, LATENT + ROPE)
+    q_latent = jnp.asarray(rng.standard_normal((len(lengths), heads, LATENT)), dtype)
+    q_rope = jnp.asarray(rng.standard_normal((len(lengths), heads, ROPE)), dtype)
     args = jnp.int32(1), tables, jnp.array(lengths)
     want = decode_attention(q_latent, q_rope, no_nan(kv), *args, scale=0.1, kernels=XLA)
-    got = decode_attention(q_latent, q_rope, kv, *args, scale=0.1, kernels=KERNEL)
+    plan = plan_decode(*args[1:], heads, page_size, KERNEL)
+    got = decode_attention(q_latent, q_rope, kv, *args, scale=0.1, plan=plan, kernels=KERNEL)
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     got, want = (np.asarray(a.astype(jnp.float32)) for a in (got, want))
     np.testing.assert_allclose(got, want, atol=0.01)
@@ -99,7 +129,8 @@ def test_what_it_cannot_take_is_said():
         ({"capability": "8.0"}, "capability 8.0"),
         ({"dtype": "float32", "kv_dtype": "float32"}, "float32"),
         ({"kv_dtype": "float8_e4m3fn"}, "cache of float8_e4m3fn"),
-        ({"latent": 192}, "kv_lora_rank 192"),
+        ({"latent": 384}, "kv_lora_rank 384"),
+        ({"latent": 64}, "kv_lora_rank 64"),
         ({"latent": 1024}, "kv_lora_rank 1024"),
         ({"rope": 32}, "qk_rope_head_dim 32"),
         ({"heads": 16}, "of 16 heads"),
@@ -109,19 +140,74 @@ def test_what_it_cannot_take_is_said():
         assert text in hopper_decode.unsupported(**given | change)
 
 
-@pytest.mark.parametrize("heads", [128, 64, 20])
-def test_it_lowers_for_cuda(heads):
-    """DeepSeek-V3's and Kimi-K2's sizes: what interpret mode accepts, Mosaic may refuse."""
+@pytest.mark.parametrize(
+    ("sequences", "heads", "dtype", "taken"),
+    [
+        (64, 128, "bfloat16", True),  # DeepSeek-V3's
+        (252, 64, "float16", True),  # Kimi-K2's
+        (64, 20, "bfloat16", True),  # GLM-4.7-Flash's
+        (8, 64, "bfloat16", True),
+        (7, 64, "bfloat16", False),  # too few for it
+    ],
+)
+def test_it_lowers_for_cuda(sequences, heads, dtype, taken):
+    """What interpret mode accepts, Mosaic may refuse."""
 
-    def array(*shape, dtype="bfloat16"):
+    def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    kernels = dataclasses.replace(KERNEL, interpret=False)
+
+    def attend(q_latent, q_rope, kv, layer, tables, lengths):
+        plan = plan_decode(tables, lengths, heads, kv.shape[2], kernels)
+        assert (plan is not None) is taken
+        args = q_latent, q_rope, kv, layer, tables, lengths
+        return decode_attention(*args, scale=0.1, plan=plan, kernels=kernels)
+
     text = lowered_for_cuda(
-        lambda *a: decode_attention(
-            *a, scale=0.1, kernels=dataclasses.replace(KERNEL, interpret=False)
-        ),
-        *(array(64, heads, 512), array(64, heads, 64), array(61, 1000, 16, 576)),
-        *(array(dtype="int32"), array(64, 300, dtype="int32"), array(64, dtype="int32")),
+        attend,
+        *(array(sequences, heads, 512), array(sequences, heads, 64), array(61, 1000, 16, 576)),
+        *(array(dtype="int32"), array(sequences, 300, dtype="int32")),
+        array(sequences, dtype="int32"),
     )
-    assert "mosaic_gpu" in text
-    assert "mla_merge" in text
+    assert ("mosaic_gpu" in text) is taken
+    assert ("mla_merge_parts" in text) is taken
+
+
+def primitives(jaxpr, *, in_scan=False):
+    """Names of what a program does in the bodies of its loops over layers."""
+    for equation in jaxpr.eqns:
+        name = str(equation.primitive)
+        if in_scan:
+            yield name
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner, in_scan=in_scan or name == "scan")
+
+
+def test_a_step_shares_out_its_work_once_for_all_layers():
+    config = ModelConfig.from_hf(SHAPES["deepseek-v3"] | {"num_hidden_layers": 3})  # all dense
+    spec = ModelSpec(config, jnp.dtype("bfloat16"), make_layout(1, 1, 1))
+    kernels = dataclasses.replace(KERNEL, interpret=False)
+
+    def array(*shape, dtype="int32"):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def forward(weights, kv, batch):
+        return spec.merge(weights)(kv, batch, SingleDevice(), kernels=kernels)
+
+    rows, pages, chunks = 64, 300, 2
+    batch = ForwardBatch(
+        *(array(rows), array(rows), array(rows, pages), array(16)),
+        *(array(chunks), array(chunks), array(chunks), array(chunks, pages)),
+    )
+    program = jax.make_jaxpr(forward)(
+        [array(*p.shape, dtype=p.dtype) for p in spec.params],
+        array(3, 1000, 16, config.latent_dim, dtype="bfloat16"),
+        batch,
+    )
+    of_layers = set(primitives(program.jaxpr))
+    assert "mla_decode_many_heads" in str(program)
+    assert "wgmma_ref" in of_layers
+    assert "cumsum" not in of_layers

@@ -20,6 +20,27 @@ from model.ops.mla_attention import decode, extend, heads, hopper, hopper_decode
 from model.quantization import BlockFP8
 
 
+def plan_decode(
+    tables: jax.Array,
+    lengths: jax.Array,
+    heads: int,
+    page_size: int,
+    kernels: Kernels,
+) -> hopper_decode.Work | None:
+    """What decode attention finds out once for all layers, if its kernel needs anything.
+
+    Args: heads: of this device; the others: see `decode_attention`.
+    """
+    if not _on_hopper(len(lengths), heads, kernels):
+        return None
+    return hopper_decode.shared_out(tables, lengths, page_size, hopper_decode.num_workers(heads))
+
+
+def _on_hopper(sequences: int, heads: int, kernels: Kernels) -> bool:
+    many = sequences * heads >= hopper_decode.LEAST_ROWS
+    return many and kernels.decode_attention == "hopper"
+
+
 def decode_attention(
     q_latent: jax.Array,
     q_rope: jax.Array,
@@ -29,6 +50,7 @@ def decode_attention(
     lengths: jax.Array,
     *,
     scale: float,
+    plan: hopper_decode.Work | None = None,
     kernels: Kernels = XLA,
 ) -> jax.Array:
     """One query per sequence against its cached latents.
@@ -41,6 +63,7 @@ def decode_attention(
         tables: i32 [B, P].
         lengths: i32 [B], KV tokens of each sequence, the new one included; 0 for padding.
         scale: softmax scale.
+        plan: from `plan_decode`; made here if a kernel needs it and it is not given.
         kernels: which implementation.
 
     Returns:
@@ -48,12 +71,12 @@ def decode_attention(
     """
     if kernels.decode_attention == "xla":
         return xla.decode_attention(q_latent, q_rope, kv, layer, tables, lengths, scale=scale)
-    on_hopper = kernels.decode_attention == "hopper"
-    on_hopper &= len(q_latent) * q_latent.shape[1] >= hopper_decode.LEAST_ROWS
-    kernel = hopper_decode if on_hopper else decode
-    return kernel.decode_attention(
-        q_latent, q_rope, kv, layer, tables, lengths, scale=scale, interpret=kernels.interpret
-    )
+    args = q_latent, q_rope, kv, layer, tables, lengths
+    if _on_hopper(*q_latent.shape[:2], kernels):
+        return hopper_decode.decode_attention(
+            *args, scale=scale, work=plan, interpret=kernels.interpret
+        )
+    return decode.decode_attention(*args, scale=scale, interpret=kernels.interpret)
 
 
 def decode_heads(
@@ -67,6 +90,7 @@ def decode_heads(
     lengths: jax.Array,
     *,
     scale: float,
+    plan: hopper_decode.Work | None = None,
     kernels: Kernels = XLA,
 ) -> jax.Array:
     """Decode attention between the heads' own matrices: [B, H, nope] -> [B, H, V].
@@ -74,8 +98,9 @@ def decode_heads(
     Args:
         q_nope: [B, H, nope or more], the first nope numbers count; q_rope: [B, H, R], rotated.
         w_uk: [H, nope, C]; w_uv: [H, C, V], as arrays or what stands for them.
-        kv, layer, tables, lengths, scale, kernels: see `decode_attention`.
+        kv, layer, tables, lengths, scale, plan, kernels: see `decode_attention`.
     """
+    attend = functools.partial(decode_attention, scale=scale, plan=plan, kernels=kernels)
     if (
         kernels.decode_attention != "xla"
         and isinstance(w_uk, StackedWeight)
@@ -85,15 +110,11 @@ def decode_heads(
     ):
         product = functools.partial(heads.per_head, interpret=kernels.interpret)
         q_latent = product(q_nope, w_uk.stack, w_uk.layer)
-        out = decode_attention(
-            q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
-        )
+        out = attend(q_latent, q_rope, kv, layer, tables, lengths)
         return product(out, w_uv.stack, w_uv.layer)
     w_uk = w_uk[...]
     q_latent = jnp.einsum("bhn,hnc->bhc", q_nope[..., : w_uk.shape[1]], w_uk)
-    out = decode_attention(
-        q_latent, q_rope, kv, layer, tables, lengths, scale=scale, kernels=kernels
-    )
+    out = attend(q_latent, q_rope, kv, layer, tables, lengths)
     return jnp.einsum("bhc,hcv->bhv", out, w_uv[...])
 
 

@@ -22,7 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton
 
-from model.ops.kernels import HOPPER, PROCESSORS, InterpretGPUParams, lowered_once, whole
+from model.ops.kernels import (
+    HOPPER,
+    PROCESSORS,
+    InterpretGPUParams,
+    is_power_of_two,
+    lowered_once,
+    whole,
+)
 from model.ops.mla_attention.pages import LOG2_E, MASKED
 from model.ops.mla_attention.warpgroups import (
     ALIGNMENT,
@@ -76,8 +83,8 @@ def unsupported(
     dtype, kv_dtype = jnp.dtype(dtype), jnp.dtype(kv_dtype)
     if dtype not in (jnp.bfloat16, jnp.float16) or kv_dtype != dtype:
         return f"queries of {dtype} and a cache of {kv_dtype} are not one type of two bytes"
-    if latent % (GROUPS * COLUMNS) or latent > MAX_LATENT:
-        return f"kv_lora_rank {latent} is no multiple of {GROUPS * COLUMNS} up to {MAX_LATENT}"
+    if not is_power_of_two(latent) or not GROUPS * COLUMNS <= latent <= MAX_LATENT:
+        return f"kv_lora_rank {latent} is no power of two from {GROUPS * COLUMNS} to {MAX_LATENT}"
     if heads <= FEW_HEADS:
         return f"of {heads} heads a device it would read no faster"
     if rope != COLUMNS:
@@ -91,6 +98,7 @@ class Work(NamedTuple):
     """Who computes what, i32: all sequences' blocks in a row are shared out evenly.
 
     Attributes:
+        pages: [B, P], the first row of each page, in a layer's part of the pool.
         lengths, blocks, ends: [B], of each sequence: tokens, blocks, and blocks up to its end.
         share: [1], blocks of a worker; worker w has those from w * share on.
         first, last: [workers], the sequences that it has blocks of; none if first > last.
@@ -98,6 +106,7 @@ class Work(NamedTuple):
             last worker that has a part of it; -1 if there is no such sequence.
     """
 
+    pages: jax.Array
     lengths: jax.Array
     blocks: jax.Array
     ends: jax.Array
@@ -108,10 +117,19 @@ class Work(NamedTuple):
     last_part: jax.Array
 
 
-def shared_out(lengths: jax.Array, workers: int) -> Work:
-    """Lengths i32 [B], in tokens, shared out among workers. A sequence without tokens has a block,
-    whose worker writes zeros."""
-    lengths = jnp.maximum(lengths, 0)  # a new array, which begins where kernels of Mosaic want it
+def num_workers(heads: int) -> int:
+    """Programs that share the work of 64 heads."""
+    return max(1, PROCESSORS // -(-heads // ROWS))
+
+
+def shared_out(tables: jax.Array, lengths: jax.Array, page_size: int, workers: int) -> Work:
+    """Sequences of these pages i32 [B, P] and tokens i32 [B], shared out among workers.
+
+    A sequence without tokens has a block, whose worker writes zeros.
+    """
+    # Both are new arrays, no slices of others: kernels of Mosaic refuse what does not begin at a
+    # multiple of 256 bytes.
+    pages, lengths = tables * page_size, jnp.maximum(lengths, 0)
     blocks = jnp.maximum(1, lax.div(lengths + (BLOCK - 1), jnp.int32(BLOCK)))
     ends = jnp.cumsum(blocks)
     share = jnp.maximum(LEAST_SHARE, lax.div(ends[-1] + (workers - 1), jnp.int32(workers)))
@@ -126,7 +144,7 @@ def shared_out(lengths: jax.Array, workers: int) -> Work:
     begun = (ends - blocks)[last] >= begin
     split = jnp.where((last >= 0) & begun & (ends[last] > stop), last, -1)
     last_part = jnp.where(split >= 0, lax.div(ends[split] - 1, share), -1)
-    return Work(lengths, blocks, ends, share[None], first, last, split, last_part)
+    return Work(pages, lengths, blocks, ends, share[None], first, last, split, last_part)
 
 
 class _Shared(NamedTuple):
@@ -289,7 +307,6 @@ def _kernel(
     q_latent_ref,
     q_rope_ref,
     kv_ref,
-    pages_ref,
     layer_ref,
     *refs: Any,
     page_size: int,
@@ -299,9 +316,9 @@ def _kernel(
 ) -> None:
     """A worker's share of all sequences, for 64 heads.
 
-    kv [rows, C + R]; pages, the first row of each in a layer. `refs`: `Work`; out [B, H, C]; parts
-    f32 [workers, 2, H, C] and their log-sum-exps f32 [workers, 2, H], at 0 of the sequence that
-    others have begun, at 1 of the one that others go on with; `_Shared`.
+    kv [rows, C + R]. `refs`: `Work`; out [B, H, C]; parts f32 [workers, 2, H, C] and their
+    log-sum-exps f32 [workers, 2, H], at 0 of the sequence that others have begun, at 1 of the one
+    that others go on with; `_Shared`.
     """
     fields = len(Work._fields)
     work, (out_ref, parts_ref, log_sums_ref) = Work(*refs[:fields]), refs[fields : fields + 3]
@@ -312,14 +329,14 @@ def _kernel(
     @pl.when(group == GROUPS)
     def _() -> None:
         plgpu.set_max_registers(LESS, action="decrease")
-        pages = pages_ref, layer_ref[0] * layer_rows, page_size
+        pages = work.pages, layer_ref[0] * layer_rows, page_size
         _each_segment(work, worker, lambda s: _copy(s, kv_ref, *pages, shared))
 
     def compute(segment: _Segment) -> None:
         sequence, half = segment.sequence, shared.q_latent.shape[-1]
         columns = pl.ds(pl.multiple_of(group * half, half), half)
         mine = shared.q_latent.at[group]  # first of the queries, then of what comes out
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.copy_gmem_to_smem(q_latent_ref.at[sequence, heads, columns], mine, shared.q_ready)
 
         @pl.when(group == 0)
@@ -410,7 +427,7 @@ def _merged(
         input_output_aliases={4: 0},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-        name="mla_merge",
+        name="mla_merge_parts",
     )(parts, log_sums, work.split, work.last_part, out)
 
 
@@ -441,17 +458,19 @@ def decode_attention(
     lengths: jax.Array,
     *,
     scale: float,
+    work: Work | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `model.ops.mla_attention.decode_attention`."""
+    """See `model.ops.mla_attention.decode_attention`; `work`, from `shared_out` for these heads."""
     given_heads, latent = q_latent.shape[1:]
     _, pages, page_size, width = kv.shape
     if more := -given_heads % ROWS:  # XLA copies what is padded by nothing
         padding = ((0, 0), (0, more), (0, 0))
         q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
     heads = q_latent.shape[1]
-    workers = max(1, PROCESSORS // (heads // ROWS))
-    work = shared_out(lengths, workers)
+    workers = num_workers(heads)
+    if work is None:
+        work = shared_out(tables, lengths, page_size, workers)
     parts = jax.ShapeDtypeStruct((workers, 2, heads, latent), jnp.float32)
     out, *rest = plgpu.kernel(
         functools.partial(
@@ -471,7 +490,7 @@ def decode_attention(
         grid_names=("worker", "heads"),
         num_threads=GROUPS + 1,
         thread_name="group",
-        kernel_name="mla_decode",
+        kernel_name="mla_decode_many_heads",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -479,7 +498,7 @@ def decode_attention(
         ),
         interpret=InterpretGPUParams() if interpret else None,
     )(
-        *(q_latent, q_rope, kv.reshape(-1, width), tables * page_size),
+        *(q_latent, q_rope, kv.reshape(-1, width)),
         *(jnp.reshape(layer, (1,)).astype(jnp.int32), *work),
     )
     return _merged(out, *rest, work, interpret=interpret)[:, :given_heads]
