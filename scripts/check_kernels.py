@@ -11,7 +11,6 @@ the definition's result (both round to bfloat16), or if anything is not finite. 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import sys
@@ -47,9 +46,11 @@ Case = tuple[str, Callable[[], tuple[Any, Any]]]
 """A name, and what gives the kernel's result and what it should be."""
 
 
-def kernels(many: HopperImplementation = "pallas") -> Kernels:
+def kernels(
+    many: HopperImplementation = "pallas", decode: HopperImplementation = "pallas"
+) -> Kernels:
     return Kernels(
-        decode_attention="pallas",
+        decode_attention=decode,
         extend_attention=many,
         mla_inputs="pallas",
         grouped_mlp=many,
@@ -135,8 +136,7 @@ def decode(
 
         return jax.jit(attend)(q, rope, stacks, kv)
 
-    chosen = dataclasses.replace(kernels(), decode_attention=kernel)
-    return run(kv, chosen), run(without_nan(kv), XLA)
+    return run(kv, kernels(decode=kernel)), run(without_nan(kv), XLA)
 
 
 def extend(

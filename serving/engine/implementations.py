@@ -121,6 +121,14 @@ def _chosen(flag: str, asked: str, reason: str | None) -> Implementation:
     return "xla"
 
 
+def _hopper_unless(reason: str | None, otherwise: str) -> HopperImplementation:
+    """Hopper's kernels, or those for all GPUs if there is a reason, which is logged."""
+    if reason is None:
+        return "hopper"
+    log.info("%s not for this: %s", otherwise, reason)
+    return "pallas"
+
+
 def _decode_kernel(
     config: ServerConfig,
     model: ModelConfig,
@@ -133,10 +141,7 @@ def _decode_kernel(
     heads = padded_sizes(model, layout).heads // layout.size(layout.attn_tp)
     sizes = model.kv_lora_rank, model.rotary_dim, heads, config.page_size
     reason = hopper_decode.unsupported(capability, *types, *sizes)
-    if reason is None:
-        return "hopper"
-    log.info("decode attention: pallas, the kernel for Hopper GPUs is not for this: %s", reason)
-    return "pallas"
+    return _hopper_unless(reason, "decode attention: pallas, the kernel for Hopper GPUs is")
 
 
 def _extend_kernel(
@@ -144,10 +149,7 @@ def _extend_kernel(
 ) -> HopperImplementation:
     sizes = model.kv_lora_rank, model.rotary_dim, model.qk_nope_head_dim, model.v_head_dim
     reason = hopper_attention.unsupported(capability, dtype, *sizes)
-    if reason is None:
-        return "hopper"
-    log.info("extend attention: pallas, the kernel for Hopper GPUs is not for this: %s", reason)
-    return "pallas"
+    return _hopper_unless(reason, "extend attention: pallas, the kernel for Hopper GPUs is")
 
 
 def _no_attention(model: ModelConfig) -> str | None:
@@ -186,10 +188,7 @@ def _experts_kernel(
             reason = reason or f"of {experts} only {'w2' if w1 is None else 'w1'} is FP8"
         else:
             reason = reason or hopper_fp8.unsupported(capability, dtype, *sizes, (w1, w2))
-    if reason is None:
-        return "hopper"
-    log.info("experts: pallas, those for Hopper GPUs are not for this: %s", reason)
-    return "pallas"
+    return _hopper_unless(reason, "experts: pallas, those for Hopper GPUs are")
 
 
 def _log_fp8(

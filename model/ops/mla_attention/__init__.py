@@ -31,14 +31,10 @@ def plan_decode(
 
     Args: heads: of this device; the others: see `decode_attention`.
     """
-    if not _on_hopper(len(lengths), heads, kernels):
+    many = len(lengths) * heads >= hopper_decode.LEAST_ROWS
+    if not many or kernels.decode_attention != "hopper":
         return None
     return hopper_decode.shared_out(tables, lengths, page_size, hopper_decode.num_workers(heads))
-
-
-def _on_hopper(sequences: int, heads: int, kernels: Kernels) -> bool:
-    many = sequences * heads >= hopper_decode.LEAST_ROWS
-    return many and kernels.decode_attention == "hopper"
 
 
 def decode_attention(
@@ -71,12 +67,15 @@ def decode_attention(
     """
     if kernels.decode_attention == "xla":
         return xla.decode_attention(q_latent, q_rope, kv, layer, tables, lengths, scale=scale)
-    args = q_latent, q_rope, kv, layer, tables, lengths
-    if _on_hopper(*q_latent.shape[:2], kernels):
+    if plan is None:
+        plan = plan_decode(tables, lengths, q_latent.shape[1], kv.shape[2], kernels)
+    if plan is not None:
         return hopper_decode.decode_attention(
-            *args, scale=scale, work=plan, interpret=kernels.interpret
+            q_latent, q_rope, kv, layer, plan, scale=scale, interpret=kernels.interpret
         )
-    return decode.decode_attention(*args, scale=scale, interpret=kernels.interpret)
+    return decode.decode_attention(
+        q_latent, q_rope, kv, layer, tables, lengths, scale=scale, interpret=kernels.interpret
+    )
 
 
 def decode_heads(

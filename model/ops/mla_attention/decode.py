@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from model.ops.kernels import MIN_BLOCK, covering_block, largest_block, lowered_once
-from model.ops.mla_attention.pages import LOG2_E, Softmax, dot, read_tokens
+from model.ops.mla_attention.pages import LOG2_E, Softmax, dot, read_tokens, whole_blocks
 
 PROGRAMS = 132
 """The multiprocessors of an H100: more parts of a context cost more in merging than they gain."""
@@ -142,9 +142,7 @@ def decode_attention(
     b, given_heads, latent = q_latent.shape
     wide = q_latent.dtype.itemsize == 2 and kv.dtype.itemsize == 2
     heads = covering_block(given_heads, MAX_HEADS_WIDE if wide else MAX_HEADS)
-    if more := -given_heads % heads:  # XLA copies what is padded by nothing
-        padding = ((0, 0), (0, more), (0, 0))
-        q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
+    q_latent, q_rope = whole_blocks(q_latent, q_rope, heads=heads)
     head_blocks = q_latent.shape[1] // heads
     splits = splits or num_splits(b * head_blocks)
     stages = _stages(heads, b * head_blocks * splits, kv.dtype.itemsize)

@@ -211,7 +211,7 @@ def _compute(
 
     plgpu.barrier_wait(shared.q_ready.at[group])
     pl.when(steps > 0)(lambda: plgpu.barrier_wait(shared.k_ready.at[0]))
-    (scores,) = multiply([no_scores()], key_products(0, 0), lambda: None, interpret)
+    (scores,) = multiply([no_scores()], key_products(0, 0), interpret=interpret)
     free(shared.k_free, jnp.int32(0))
     pl.when(group == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
 
@@ -234,8 +234,8 @@ def _compute(
             out, scores = multiply(  # the last scores are of nothing and for nobody
                 [out, no_scores()],
                 [(0, p, shared.values.at[slot], False), *key_products(1, following)],
-                lambda: plgpu.barrier_arrive(shared.turn.at[1 - group]),
-                interpret,
+                issued=lambda: plgpu.barrier_arrive(shared.turn.at[1 - group]),
+                interpret=interpret,
             )
             free(shared.v_free, step)
             free(shared.k_free, step + 1)

@@ -30,7 +30,7 @@ from model.ops.kernels import (
     lowered_once,
     whole,
 )
-from model.ops.mla_attention.pages import LOG2_E, MASKED
+from model.ops.mla_attention.pages import LOG2_E, MASKED, Softmax, whole_blocks
 from model.ops.mla_attention.warpgroups import (
     ALIGNMENT,
     COLUMNS,
@@ -267,7 +267,7 @@ def _compute(
         keys.append(shared.ropes.at[slot, mine])
         queries = [*(shared.q_latent.at[g] for g in range(GROUPS)), shared.q_rope]
         products = [(0, q, k, True) for q, k in zip(queries, keys, strict=True)]
-        (scores,) = multiply([filled(0, (ROWS, HALF))], products, lambda: None, interpret)
+        (scores,) = multiply([filled(0, (ROWS, HALF))], products, interpret=interpret)
         scores = lax.cond(
             end >= BLOCK,
             lambda s: s,
@@ -289,7 +289,7 @@ def _compute(
         pl.when(end < BLOCK)(lambda: forget(slot, end))
         hear(P)
         products = [(0, read(shared.p), shared.latents.at[slot, group], False)]
-        (out,) = multiply([out], products, lambda: None, interpret)
+        (out,) = multiply([out], products, interpret=interpret)
         plgpu.barrier_arrive(shared.free.at[slot])
         return out, new, total
 
@@ -383,27 +383,21 @@ def _merge_kernel(parts_ref, log_sums_ref, split_ref, last_part_ref, _, out_ref)
         workers = last_part_ref[0] - first + 1
 
         def body(i, so_far):
-            out, maximum, total = so_far
             some = i * MERGED_PARTS + jnp.arange(MERGED_PARTS)
             which = (first + some)[:, None], jnp.where(some > 0, 0, 1)[:, None], heads[None]
             there = (some < workers)[:, None]
             log_sums = triton.load(log_sums_ref.at[which], mask=there, other=MASKED)
             at = *(each[..., None] for each in which), columns[None, None]
             parts = triton.load(parts_ref.at[at], mask=there[..., None], other=0)
-            new = jnp.maximum(maximum, jnp.max(log_sums, axis=0))
-            decay, weights = jnp.exp2(maximum - new), jnp.exp2(log_sums - new[None])
-            out = out * decay[:, None] + jnp.sum(parts * weights[..., None], axis=0)
-            return out, new, total * decay + jnp.sum(weights, axis=0)
+            new = jnp.maximum(so_far.maximum, jnp.max(log_sums, axis=0))
+            decay, weights = jnp.exp2(so_far.maximum - new), jnp.exp2(log_sums - new[None])
+            out = so_far.out * decay[:, None] + jnp.sum(parts * weights[..., None], axis=0)
+            return Softmax(out, new, so_far.total * decay + jnp.sum(weights, axis=0))
 
-        start = (
-            jnp.zeros((MERGED_HEADS, out_ref.shape[-1]), jnp.float32),
-            jnp.full((MERGED_HEADS,), MASKED, jnp.float32),
-            jnp.zeros((MERGED_HEADS,), jnp.float32),
-        )
-        out, _, total = lax.fori_loop(0, pl.cdiv(workers, MERGED_PARTS), body, start)
-        out_ref[sequence, pl.ds(first_head, MERGED_HEADS), :] = (out / total[:, None]).astype(
-            out_ref.dtype
-        )
+        nothing = Softmax.empty(MERGED_HEADS, out_ref.shape[-1])
+        merged = lax.fori_loop(0, pl.cdiv(workers, MERGED_PARTS), body, nothing)
+        out = merged.normalised().astype(out_ref.dtype)
+        out_ref[sequence, pl.ds(first_head, MERGED_HEADS), :] = out
 
 
 def _merged(
@@ -415,13 +409,7 @@ def _merged(
     return pl.pallas_call(
         _merge_kernel,
         grid=(workers, heads // MERGED_HEADS),
-        in_specs=[
-            whole(parts.shape),
-            whole(log_sums.shape),
-            of_worker,
-            of_worker,
-            whole(out.shape),
-        ],
+        in_specs=[whole(parts.shape), whole(log_sums.shape), of_worker, of_worker, all_rows],
         out_specs=all_rows,
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         input_output_aliases={4: 0},
@@ -454,23 +442,16 @@ def decode_attention(
     q_rope: jax.Array,
     kv: jax.Array,
     layer: jax.Array,
-    tables: jax.Array,
-    lengths: jax.Array,
+    work: Work,
     *,
     scale: float,
-    work: Work | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `model.ops.mla_attention.decode_attention`; `work`, from `shared_out` for these heads."""
+    """See `model.ops.mla_attention.decode_attention`; `work` is that of `num_workers`."""
     given_heads, latent = q_latent.shape[1:]
     _, pages, page_size, width = kv.shape
-    if more := -given_heads % ROWS:  # XLA copies what is padded by nothing
-        padding = ((0, 0), (0, more), (0, 0))
-        q_latent, q_rope = jnp.pad(q_latent, padding), jnp.pad(q_rope, padding)
-    heads = q_latent.shape[1]
-    workers = num_workers(heads)
-    if work is None:
-        work = shared_out(tables, lengths, page_size, workers)
+    q_latent, q_rope = whole_blocks(q_latent, q_rope, heads=ROWS)
+    heads, workers = q_latent.shape[1], len(work.first)
     parts = jax.ShapeDtypeStruct((workers, 2, heads, latent), jnp.float32)
     out, *rest = plgpu.kernel(
         functools.partial(

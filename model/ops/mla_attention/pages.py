@@ -27,6 +27,14 @@ def unsupported(latent: int, rope: int) -> str | None:
     return None
 
 
+def whole_blocks(*queries: jax.Array, heads: int) -> tuple[jax.Array, ...]:
+    """Queries [B, H, n] with zeros for more heads, so that there is a multiple of `heads`."""
+    more = -queries[0].shape[1] % heads
+    if not more:  # XLA copies what is padded by nothing
+        return queries
+    return tuple(jnp.pad(q, ((0, 0), (0, more), (0, 0))) for q in queries)
+
+
 class Softmax(NamedTuple):
     """An online softmax (arXiv:1805.02867): f32 sum [rows, V], maximum [rows], total [rows]."""
 

@@ -58,7 +58,8 @@ def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
 def multiply(
     accumulators: Sequence[jax.Array],
     products: Sequence[Product],
-    issued: Callable[[], None],
+    *,
+    issued: Callable[[], None] = lambda: None,
     interpret: bool,
 ) -> list[jax.Array]:
     """Accumulators f32 plus products; `issued` is called as soon as the last one is under way.
