@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
-from model.quantization import contracted_in_place, contracted_last
+from model.quantization import Contracted, contracted_in_place, contracted_last
 from model.transformer import Transformer
 
 DTYPES = {
@@ -108,28 +108,30 @@ class Select:
                 _read_into(one, self.view, (*before, slice(entry, entry + 1), *after))
 
 
-class MovedLast:
-    """A view with one of its axes, counted from the right, behind all others."""
+class ContractedLast:
+    """A view of a weight as a `BlockFP8` has it."""
 
-    def __init__(self, view: np.ndarray | Stack, axis: int) -> None:
-        self.view, self.axis = view, axis
-        self.shape: tuple[int, ...] = contracted_last(view.shape, axis)
+    def __init__(self, view: np.ndarray | Stack, contracted: Contracted) -> None:
+        self.view, self.contracted = view, contracted
+        self.shape: tuple[int, ...] = contracted_last(view.shape, contracted)
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        inner = contracted_in_place(index, self.axis)
-        return np.moveaxis(self.view[inner], self.axis, -1)
+        inner = contracted_in_place(index, self.contracted)
+        axes = contracted_last(range(len(index)), self.contracted)
+        return np.transpose(self.view[inner], axes)
 
     def read_into(self, values: np.ndarray, index: Index) -> None:
         """`values[...] = self[index]`."""
-        inner = contracted_in_place(index, self.axis)
-        _read_into(np.moveaxis(values, -1, self.axis), self.view, inner)
+        inner = contracted_in_place(index, self.contracted)
+        axes = contracted_in_place(range(len(index)), self.contracted)
+        _read_into(np.transpose(values, axes), self.view, inner)
 
 
-View = np.ndarray | Stack | Select | MovedLast
+View = np.ndarray | Stack | Select | ContractedLast
 
 
 def _read_into(values: np.ndarray, view: View, index: Index) -> None:
-    if isinstance(view, Stack | Select | MovedLast):
+    if isinstance(view, Stack | Select | ContractedLast):
         view.read_into(values, index)
     else:
         values[...] = view[index]

@@ -17,6 +17,7 @@ from model.ops import norm
 from model.ops.dense import MAX_ROWS, StackedWeight, matmul, sum_parts
 from model.ops.grouped_mlp import hopper
 from model.ops.kernels import XLA, Kernels
+from model.quantization import AS_THEY_ARE, Contracted
 
 Axis = Literal["heads", "kv_heads", "vocab", "mlp", "experts", "expert_mlp"] | None
 INIT_STD = 0.02
@@ -33,7 +34,9 @@ class ParamFactory:
         """The same factory for parameters with a leading layer dimension."""
         return ParamFactory(self.rngs, self.dtype, (num_layers,))
 
-    def _param(self, value: jax.Array, axes: tuple[Axis, ...], contracted: int = 0) -> nnx.Param:
+    def _param(
+        self, value: jax.Array, axes: tuple[Axis, ...], contracted: Contracted = AS_THEY_ARE
+    ) -> nnx.Param:
         return nnx.Param(value, axes=(None,) * len(self.lead) + axes, contracted=contracted)
 
     def normal(
@@ -41,7 +44,7 @@ class ParamFactory:
         shape: tuple[int, ...],
         axes: tuple[Axis, ...],
         dtype: jnp.dtype | None = None,
-        contracted: int = 0,
+        contracted: Contracted = AS_THEY_ARE,
     ) -> nnx.Param:
         """N(0, INIT_STD). Args: contracted: `BlockFP8.contracted`, if it comes to stay in FP8."""
         value = INIT_STD * jax.random.normal(
@@ -116,8 +119,8 @@ class MLP(nnx.Module):
     """`gated_mlp`. Gate and up share one matrix."""
 
     def __init__(self, make: ParamFactory, width: int, intermediate: int) -> None:
-        self.gate_up = make.normal((width, 2, intermediate), (None, None, "mlp"))
-        self.down = make.normal((intermediate, width), ("mlp", None))
+        self.gate_up = make.normal((width, 2, intermediate), (None, None, "mlp"), contracted=(1, 2))
+        self.down = make.normal((intermediate, width), ("mlp", None), contracted=(1, 1))
 
     def __call__(self, x: jax.Array, kernels: Kernels = XLA) -> jax.Array:
         """[T, D] -> [T, D], a partial sum where the width is cut over devices."""

@@ -34,18 +34,24 @@ class MLAttention(nnx.Module):
     def __init__(self, make: ParamFactory, config: ModelConfig, num_heads: int) -> None:
         c, width = config, config.hidden_size
         if c.q_lora_rank is None:
-            self.q_proj = make.normal((width, num_heads, c.qk_head_dim), (None, "heads", None))
+            self.q_proj = make.normal(
+                (width, num_heads, c.qk_head_dim), (None, "heads", None), contracted=(1, 2)
+            )
         else:
             self.q_a = make.normal((width, c.q_lora_rank), (None, None))
             self.q_a_norm = make.ones(c.q_lora_rank)
-            self.q_b = make.normal((c.q_lora_rank, num_heads, c.qk_head_dim), (None, "heads", None))
+            self.q_b = make.normal(
+                (c.q_lora_rank, num_heads, c.qk_head_dim), (None, "heads", None), contracted=(1, 2)
+            )
         self.kv_a = make.normal((width, c.latent_dim), (None, None))
         self.kv_a_norm = make.ones(c.kv_lora_rank)
         self.w_uk = make.normal(
             (num_heads, c.qk_nope_head_dim, c.kv_lora_rank), ("heads", None, None)
         )
         self.w_uv = make.normal((num_heads, c.kv_lora_rank, c.v_head_dim), ("heads", None, None))
-        self.out = make.normal((num_heads, c.v_head_dim, width), ("heads", None, None))
+        self.out = make.normal(
+            (num_heads, c.v_head_dim, width), ("heads", None, None), contracted=(2, 1)
+        )
         self.config = config
 
     def queries(

@@ -114,10 +114,10 @@ class Experts(nnx.Module):
         self.w1 = make.normal(
             (num_experts, width, 2, intermediate),
             ("experts", None, None, "expert_mlp"),
-            contracted=-3,
+            contracted=(1, 2),
         )
         self.w2 = make.normal(
-            (num_experts, intermediate, width), ("experts", "expert_mlp", None), contracted=-2
+            (num_experts, intermediate, width), ("experts", "expert_mlp", None), contracted=(1, 1)
         )
 
 

@@ -16,6 +16,13 @@ import jax.numpy as jnp
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 FP8_MAX = 448.0
 """Largest finite float8_e4m3fn; there is no infinity, so what is larger would become NaN."""
+Contracted = tuple[int, int]
+"""Of a weight [..., in..., out...]: how many dimensions are contracted, and how many follow them.
+
+It is stored as [..., out..., in...]: tensor cores take numbers of one byte only where contracted
+ones lie side by side."""
+AS_THEY_ARE: Contracted = (0, 0)
+"""Of a weight that is stored as it is multiplied."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,16 +36,14 @@ class BlockFP8:
         block: (b1, b2, ...), elements of one block along each of the last dimensions; 1 along all
             others (stacked layers, experts).
         dtype: of the numbers that `[...]` gives.
-        contracted: which of their dimensions, counted from the right (-2), all of the above have
-            last; 0 if they have them in the same order. Tensor cores take numbers of one byte
-            only where those that are contracted lie side by side.
+        contracted: which of their dimensions all of the above have last, see `Contracted`.
     """
 
     data: jax.Array
     scale: jax.Array
     block: tuple[int, ...] = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
-    contracted: int = field(default=0, metadata={"static": True})
+    contracted: Contracted = field(default=AS_THEY_ARE, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +69,8 @@ class BlockFP8:
                 scale = jnp.repeat(scale, size, axis=axis)
                 scale = jax.lax.slice_in_dim(scale, 0, self.data.shape[axis], axis=axis)
         numbers = (self.data.astype(jnp.float32) * scale).astype(self.dtype)
-        return jax.lax.optimization_barrier(jnp.moveaxis(numbers, -1, self.contracted or -1))
+        in_place = contracted_in_place(range(self.ndim), self.contracted)
+        return jax.lax.optimization_barrier(jnp.transpose(numbers, in_place))
 
 
 def factors_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
@@ -73,18 +79,17 @@ def factors_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]
     return tuple(-(-n // b) for n, b in zip(shape, steps, strict=True))
 
 
-def contracted_in_place(as_stored: Iterable[Any], contracted: int) -> tuple[Any, ...]:
-    """The inverse of `contracted_last`."""
-    *order, last = as_stored
-    order.insert(len(order) + 1 + (contracted or -1), last)
-    return tuple(order)
-
-
-def contracted_last(of_dimensions: Iterable[Any], contracted: int) -> tuple[Any, ...]:
+def contracted_last(of_dimensions: Iterable[Any], contracted: Contracted) -> tuple[Any, ...]:
     """What belongs to the dimensions of numbers, in the order in which a `BlockFP8` has them."""
-    order = list(of_dimensions)
-    order.append(order.pop(contracted or -1))
-    return tuple(order)
+    order, (inside, outside) = tuple(of_dimensions), contracted
+    lead = len(order) - inside - outside
+    return order[:lead] + order[lead + inside :] + order[lead : lead + inside]
+
+
+def contracted_in_place(as_stored: Iterable[Any], contracted: Contracted) -> tuple[Any, ...]:
+    """The inverse of `contracted_last`."""
+    inside, outside = contracted
+    return contracted_last(as_stored, (outside, inside))
 
 
 def layer_of(stack: jax.Array | BlockFP8, *index: jax.Array) -> jax.Array | BlockFP8:

@@ -276,7 +276,7 @@ def _run_segment(
         return (tuple(done), kv), functools.reduce(operator.add, all_counts)
 
     # Kernels take a layer out of the stack themselves; what is scanned gets copied.
-    in_stacks = kernels.dense == "pallas"
+    in_stacks = kernels.dense != "xla"
     scanned = nnx.State({}) if in_stacks else stacked
     indices = jnp.arange(segment.num_layers, dtype=jnp.int32)
     carry = (tuple(x[part.rows] for part in parts), kv)

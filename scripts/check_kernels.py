@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -35,7 +36,14 @@ from model.ops.grouped_mlp.pallas import sort_pairs
 from model.ops.kernels import HOPPER, XLA, HopperImplementation, Kernels
 from model.ops.mla_attention import decode_heads, extend_attention, hopper_decode
 from model.ops.mla_attention import hopper as hopper_attention
-from model.quantization import FP8, BlockFP8, contracted_last, factors_shape
+from model.quantization import (
+    AS_THEY_ARE,
+    FP8,
+    BlockFP8,
+    Contracted,
+    contracted_last,
+    factors_shape,
+)
 from scripts.benchmarking import Row, emit, own_parser, say, table
 
 BF16 = jnp.bfloat16
@@ -71,7 +79,9 @@ class Draw:
         key = jax.random.key(int(self.rng.integers(2**31)))
         return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
-    def fp8(self, shape: tuple[int, ...], block: tuple[int, ...], contracted: int = 0) -> BlockFP8:
+    def fp8(
+        self, shape: tuple[int, ...], block: tuple[int, ...], contracted: Contracted = AS_THEY_ARE
+    ) -> BlockFP8:
         """A stack [L, ...] with blocks of its last dimensions."""
         shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
         factors = factors_shape(shape, block)
@@ -185,8 +195,8 @@ def experts(
     draw, count, k = Draw(seed), 64, 6
     width, inner = 2048, 1408 if not fp8 else 1024
     if fp8:
-        w1: Any = draw.fp8((2, count, width, 2, inner), (128, 1, 128), -3)
-        w2: Any = draw.fp8((2, count, inner, width), (128, 128), -2)
+        w1: Any = draw.fp8((2, count, width, 2, inner), (128, 1, 128), (1, 2))
+        w2: Any = draw.fp8((2, count, inner, width), (128, 128), (1, 1))
     else:
         w1 = draw.normal(2, count, width, 2, inner, scale=width**-0.5)
         w2 = draw.normal(2, count, inner, width, scale=inner**-0.5)
@@ -288,20 +298,34 @@ def norms(seed: int, tokens: int, parts: int) -> tuple[Any, Any]:
     return run(kernels()), run(XLA)
 
 
-def products(seed: int, tokens: int, shape: tuple[int, int], *, fp8: bool) -> tuple[Any, Any]:
-    draw = Draw(seed)
-    x = draw.normal(tokens, shape[0])
-    stack: Any = draw.fp8((3, *shape), (128, 128)) if fp8 else draw.normal(3, *shape, scale=0.02)
+class Matrix(NamedTuple):
+    """Inner and outer dimensions of a weight, and the blocks that it has in FP8."""
+
+    inside: tuple[int, ...]
+    outside: tuple[int, ...]
+    block: tuple[int, ...] | None = None
+
+
+def products(
+    seed: int, tokens: int, of: Matrix, dense: HopperImplementation = "pallas"
+) -> tuple[Any, Any]:
+    draw, sides = Draw(seed), (len(of.inside), len(of.outside))
+    x, shape = draw.normal(tokens, *of.inside), (3, *of.inside, *of.outside)
+    stack: Any
+    if of.block is None:
+        stack = draw.normal(*shape, scale=0.02)
+    else:
+        stack = draw.fp8(shape, of.block, sides)
 
     def run(which: Kernels) -> jax.Array:
         def one(x: jax.Array, stack: Any) -> jax.Array:
             weight = StackedWeight(stack=stack, layer=jnp.int32(2))
-            (parts,) = matmul_parts(x, (weight,), 1, which)
+            (parts,) = matmul_parts(x, (weight,), sides[0], which)
             return parts.astype(jnp.float32).sum(axis=0)
 
         return jax.jit(one)(x, stack)
 
-    return run(kernels()), run(XLA)
+    return run(replace(kernels(), dense=dense)), run(XLA)
 
 
 def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
@@ -354,9 +378,16 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
     for tokens, parts in ((1, 4), (64, 4), (300, 2), (8448, 1)):
         yield f"residual and norm {tokens}x{parts}", functools.partial(norms, seed, tokens, parts)
     for tokens in (1, 64, 300):
-        for fp8 in (False, True):
-            run = functools.partial(products, seed, tokens, (2048, 3072), fp8=fp8)
-            yield f"products {tokens} rows{', FP8' if fp8 else ''}", run
+        run = functools.partial(products, seed, tokens, Matrix((2048,), (3072,)))
+        yield f"products {tokens} rows", run
+    matrices = (
+        Matrix((1536,), (16, 192), (128, 1, 64)),
+        Matrix((128, 128), (2048,), (1, 128, 128)),
+        Matrix((2048,), (2, 4608), (128, 1, 128)),
+    )
+    for which, tokens, of in itertools.product(many, (1, 16, 64, 300), matrices):
+        run = functools.partial(products, seed, tokens, of, which)
+        yield f"products FP8 {which} {tokens} rows by {of.inside} x {of.outside}", run
 
 
 def relative_difference(got: np.ndarray, want: np.ndarray) -> float:

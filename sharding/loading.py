@@ -15,10 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from model.checkpoint import Index, MovedLast, Select, Stack, View, parameter_views, read_padded
+from model.checkpoint import (
+    ContractedLast,
+    Index,
+    Select,
+    Stack,
+    View,
+    parameter_views,
+    read_padded,
+)
 from model.formats.fp8 import BlockFactors, Fp8Checkpoint
 from model.layers import INIT_STD
-from model.quantization import FP8
+from model.quantization import AS_THEY_ARE, FP8
 from sharding.step import ModelSpec, ParamInfo
 
 WHOLE_STACK_BYTES = 16 << 20
@@ -48,8 +56,8 @@ def load_weights(
     for p in spec.params:
         source = scales if p.block is not None else stored if p.dtype == FP8 else views
         chosen: Sequence[View] = source[p.path]
-        if p.contracted:
-            chosen = [MovedLast(v, p.contracted) for v in chosen]
+        if p.contracted != AS_THEY_ARE:
+            chosen = [ContractedLast(v, p.contracted) for v in chosen]
         if p.block is not None:
             chosen = [BlockFactors(v, p.block) for v in chosen]
         weights.append(_load_param(p, [selected(p, v) for v in chosen], mesh))

@@ -26,7 +26,7 @@ from sharding.step import ModelSpec, ParamInfo
 
 DESCRIPTION = "meshserve.json"
 WEIGHTS = "weights"
-VERSION = 2
+VERSION = 3
 CHUNK_BYTES = 32 << 20
 """Arrays are stored in chunks of about this size, so that a shard reads little beside itself."""
 
@@ -64,8 +64,8 @@ class OrbaxFolder:
             self.fp8 = {k: tuple(v) for k, v in description["fp8"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{path} is not the description of a checkpoint.") from None
-        # Before version 2 experts in FP8 were stored the other way round, all else as now.
-        if version != VERSION and not (version == 1 and not self.fp8):
+        # Earlier versions have parameters in FP8 in another order of dimensions, all else as now.
+        if version != VERSION and not (version in (1, 2) and not self.fp8):
             raise CheckpointError(
                 f"{path} is of version {version}, this meshserve reads version {VERSION}: convert "
                 "the checkpoint again."

@@ -18,7 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.checkpoint import parameter_path
 from model.config import ModelConfig
-from model.quantization import FP8, BlockFP8, contracted_last, factors_shape
+from model.quantization import (
+    AS_THEY_ARE,
+    FP8,
+    BlockFP8,
+    Contracted,
+    contracted_last,
+    factors_shape,
+)
 from model.transformer import Sizes, Transformer, kv_entry
 from sharding.layout import Layout
 from sharding.rules import padded_sizes, param_spec
@@ -51,7 +58,7 @@ class ParamInfo:
     dtype: jnp.dtype
     spec: PartitionSpec
     block: tuple[int, ...] | None = None
-    contracted: int = 0
+    contracted: Contracted = AS_THEY_ARE
     selected: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
@@ -132,7 +139,7 @@ class ModelSpec:
         return f"ModelSpec({self.config!r}, {self.dtype}, {self.layout!r}, {self.params!r})"
 
     def _in_fp8(
-        self, info: ParamInfo, block: tuple[int, ...] | None, contracted: int
+        self, info: ParamInfo, block: tuple[int, ...] | None, contracted: Contracted
     ) -> tuple[ParamInfo, ParamInfo] | None:
         """The values and factors of a parameter that stays in FP8, None for one that does not.
 
@@ -141,7 +148,7 @@ class ModelSpec:
         """
         if block is None:
             return None
-        if contracted and info.selected:
+        if contracted != AS_THEY_ARE and info.selected:
             raise AssertionError(f"{info.path}: heads are selected in the order of numbers")
         block = contracted_last(block, contracted)
         info = replace(

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from model.checkpoint import SafetensorsFolder
 from model.formats.fp8 import is_quantized_by_habit
-from model.quantization import BlockFP8, contracted_last, factors_shape
+from model.quantization import AS_THEY_ARE, BlockFP8, contracted_last, factors_shape
 from tests.fixtures import DATA
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -75,7 +75,7 @@ def write_fp8(
     return folders
 
 
-def quantised(rng, shape, block, contracted=0, dtype="float32"):
+def quantised(rng, shape, block, contracted=AS_THEY_ARE, dtype="float32"):
     """A random weight in FP8 blocks (the last ones partial), most of its factors far apart."""
     shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
     scale = 0.02 * 2.0 ** rng.integers(-4, 5, factors_shape(shape, block))
@@ -88,7 +88,7 @@ def quantised(rng, shape, block, contracted=0, dtype="float32"):
     )
 
 
-def abstract_fp8(shape, block, contracted=0):
+def abstract_fp8(shape, block, contracted=AS_THEY_ARE):
     shape, block = (contracted_last(sizes, contracted) for sizes in (shape, block))
     return BlockFP8(
         data=jax.ShapeDtypeStruct(shape, FP8),

@@ -42,7 +42,7 @@ needs_interpreter = pytest.mark.skipif(
     not hasattr(mosaic_gpu, "InterpretGPUParams"),
     reason="Mosaic GPU kernels can be interpreted from jax 0.11 on",
 )
-HOPPER = replace(KERNELS, grouped_mlp="hopper")
+HOPPER = replace(KERNELS, grouped_mlp="hopper", dense="hopper")
 PROCESSORS = 2
 """That interpreted kernels for Hopper have: each has several tiles, not all have equally many."""
 OPTIMISED = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}

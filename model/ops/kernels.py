@@ -52,7 +52,9 @@ class Kernels:
             MLPs of many rows, and for experts in FP8; for the rest it is "pallas".
         routing: choosing and weighing experts.
         norm: RMSNorm by stacked weights.
-        dense: products of a few rows with a layer of stacked weights.
+        dense: products of a few rows with a layer of stacked weights; "hopper" has a kernel of its
+            own for those in FP8 whose contracted numbers lie side by side, for the rest it is
+            "pallas".
         unroll: how many layers of a segment become straight code in a decode program; the whole
             segment if that is not more. More takes longer to compile and copies fewer weights.
         prefixes: what is known of prompt chunks that begin behind cached tokens; extend attention
@@ -66,7 +68,7 @@ class Kernels:
     grouped_mlp: HopperImplementation = "xla"
     routing: Implementation = "xla"
     norm: Implementation = "xla"
-    dense: Implementation = "xla"
+    dense: HopperImplementation = "xla"
     unroll: int = 1
     prefixes: PrefixesFound = "perhaps"
     interpret: bool = False

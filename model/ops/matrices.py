@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from model.ops.kernels import MIN_BLOCK, largest_block, whole
-from model.quantization import BlockFP8, layer_of
+from model.quantization import AS_THEY_ARE, BlockFP8, layer_of
 
 MANY_ROWS = 64
 """From so many rows on, a tile has fewer numbers than its products: the factor goes to the tile."""
@@ -74,11 +74,11 @@ class Matrices:
     @classmethod
     def of(cls, weight: jax.Array | BlockFP8, lead: int, num_in: int) -> Matrices:
         """A weight [lead..., in..., out...] with `num_in` dimensions in; FP8: see `unsupported`."""
-        if isinstance(weight, BlockFP8) and weight.contracted:
-            if num_in != 1 or weight.contracted != lead - weight.ndim:
+        num_out = weight.ndim - lead - num_in
+        if isinstance(weight, BlockFP8) and weight.contracted != AS_THEY_ARE:
+            if weight.contracted != (num_in, num_out):
                 raise ValueError("an FP8 weight is stored for products over other dimensions")
-            stored = replace(weight, contracted=0)
-            matrices = cls.of(stored, lead, weight.ndim - lead - 1)
+            matrices = cls.of(replace(weight, contracted=AS_THEY_ARE), lead, num_out)
             return replace(
                 matrices, inner=matrices.inner[::-1], block=matrices.block[::-1], turned=True
             )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from jax.typing import DTypeLike
 
 from model.config import ModelConfig
+from model.ops.dense import hopper_fp8 as hopper_dense
 from model.ops.grouped_mlp import hopper as hopper_experts
 from model.ops.grouped_mlp import hopper_fp8
 from model.ops.grouped_mlp import pallas as grouped_mlp_kernels
@@ -86,6 +87,10 @@ def choose_kernels(
     elif attention == "pallas" and config.attention_backend == "auto":
         decode = _decode_kernel(config, model, layout, capability, dtype, kv_dtype)
         extend = _extend_kernel(model, capability, dtype)
+    dense: HopperImplementation = attention
+    if attention == "pallas" and config.attention_backend == "auto" and fp8:
+        reason = hopper_dense.no_kernel(capability, dtype)
+        dense = _hopper_unless(reason, "FP8 products of few rows: pallas, Hopper GPUs' kernel is")
     if routing == "pallas" and (reason := route_unsupported(model.hidden_size)):
         routing = "xla"
         log.info("routing: xla, no kernel for it: %s", reason)
@@ -96,10 +101,10 @@ def choose_kernels(
         grouped_mlp=experts,
         routing=routing,
         norm=attention,
-        dense=attention,
+        dense=dense,
         unroll=config.layer_unroll or (LAYER_UNROLL if attention == "pallas" else 1),
     )
-    if kernels.dense == "pallas":
+    if kernels.dense != "xla":
         _log_fp8(fp8, refused, experts)
     log.info(
         "decode attention: %s, extend attention: %s, experts: %s, routing: %s, dense products of "

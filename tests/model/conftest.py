@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from model.ops import hopper_products
 from model.ops.grouped_mlp import grouped_mlp, hopper, hopper_fp8
 from model.ops.kernels import XLA
 from tests.harness import HOPPER, PROCESSORS
@@ -27,7 +28,7 @@ def both():
         with pytest.MonkeyPatch.context() as patch:
             for kernels in (hopper, hopper_fp8):
                 kernels.grouped_mlp.clear_cache()  # traced with other constants
-            patch.setattr(hopper, "PROCESSORS", PROCESSORS)
+            patch.setattr(hopper_products, "PROCESSORS", PROCESSORS)
             patch.setattr(hopper, "LEAST_LOAD", 0)
             return grouped_mlp(*args, kernels=HOPPER), grouped_mlp(*args, kernels=XLA)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from model import layers
+from model.ops import hopper_products
 from model.ops.dense import StackedWeight
 from model.ops.grouped_mlp import grouped_mlp, hopper, placing
 from tests.harness import HOPPER, KERNELS, PROCESSORS, lowered_for_cuda
@@ -124,7 +125,7 @@ def test_they_lower_for_cuda():
 
 def test_a_dense_mlp_equals_its_definition(rng, monkeypatch):
     hopper.gated_mlp.clear_cache()
-    monkeypatch.setattr(hopper, "PROCESSORS", PROCESSORS)
+    monkeypatch.setattr(hopper_products, "PROCESSORS", PROCESSORS)
     monkeypatch.setattr(layers, "MAX_ROWS", 0)
     rows = hopper.ROWS + 24  # the last block begins early
     x, *stacks = (

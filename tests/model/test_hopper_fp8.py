@@ -25,8 +25,8 @@ BLOCKS = ((1, 128, 1, 128), (1, 128, 128))
 def inputs(rng, tokens, blocks=BLOCKS):
     x = jnp.asarray(rng.standard_normal((tokens, WIDTH)), jnp.bfloat16)
     ids = np.stack([rng.permutation(EXPERTS)[:K] for _ in range(tokens)]).astype(np.int32)
-    w1 = quantised(rng, (2, EXPERTS, WIDTH, 2, INNER), blocks[0], -3, "bfloat16")
-    w2 = quantised(rng, (2, EXPERTS, INNER, WIDTH), blocks[1], -2, "bfloat16")
+    w1 = quantised(rng, (2, EXPERTS, WIDTH, 2, INNER), blocks[0], (1, 2), "bfloat16")
+    w2 = quantised(rng, (2, EXPERTS, INNER, WIDTH), blocks[1], (1, 1), "bfloat16")
     return x, ids, jnp.asarray(rng.random((tokens, K)), jnp.float32), w1, w2, jnp.int32(1)
 
 
@@ -87,8 +87,8 @@ def test_they_lower_for_cuda(tokens):
             *a, num_experts=256, kernels=dataclasses.replace(HOPPER, interpret=False)
         ),
         *(array(tokens, 7168), array(tokens, 8, dtype="int32"), array(tokens, 8, dtype="float32")),
-        abstract_fp8((58, 64, 7168, 2, 2048), (1, 128, 1, 128), -3),
-        abstract_fp8((58, 64, 2048, 7168), (1, 128, 128), -2),
+        abstract_fp8((58, 64, 7168, 2, 2048), (1, 128, 1, 128), (1, 2)),
+        abstract_fp8((58, 64, 2048, 7168), (1, 128, 128), (1, 1)),
         array(dtype="int32"),
     )
     assert text.count("mosaic_gpu") >= 2

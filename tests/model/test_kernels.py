@@ -274,13 +274,21 @@ def test_blocks_follow_the_mean_load():
 FP8_BLOCKS = [(128, 128), (32, 16), (16, 64), (48, 32)]  # partial, dividing, coarser than it is
 
 
-@pytest.mark.parametrize("contracted", [-3, -2, 0])
-def test_fp8_weights_know_their_shape(rng, contracted):
+@pytest.mark.parametrize(
+    ("contracted", "as_stored"),
+    [
+        ((1, 2), (0, 1, 3, 4, 2)),
+        ((1, 1), (0, 1, 2, 4, 3)),
+        ((2, 1), (0, 1, 4, 2, 3)),
+        ((0, 0), None),
+    ],
+)
+def test_fp8_weights_know_their_shape(rng, contracted, as_stored):
     weight = quantised(rng, (2, 3, 32, 2, 48), (16, 1, 12), contracted)
     assert weight.shape == (2, 3, 32, 2, 48) == weight[...].shape
-    if contracted:
-        assert weight.data.shape[-1] == weight.shape[contracted]
-    values = np.moveaxis(np.asarray(weight.data.astype(jnp.float32)), -1, contracted or -1)
+    axes = range(5) if as_stored is None else as_stored
+    assert weight.data.shape == tuple(weight.shape[axis] for axis in axes)
+    values = np.transpose(np.asarray(weight.data.astype(jnp.float32)), np.argsort(axes))
     of_block = np.s_[0, 0, :16, 0, :12]
     values, numbers = values[of_block], np.asarray(weight[...])[of_block]
     assert len(np.unique(numbers[values != 0] / values[values != 0])) == 1
@@ -293,8 +301,8 @@ def test_grouped_mlp_reads_fp8(rng, block, tokens, absent):
     """Few rows (factors on the products) and many (on the weights), ragged, some experts idle."""
     width, inner, experts = 96, 160, 5
     x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
-    w1 = quantised(rng, (2, experts, width, 2, inner), (1, block[0], 1, block[1]), -3)
-    w2 = quantised(rng, (2, experts, inner, width), (1, *block), -2)
+    w1 = quantised(rng, (2, experts, width, 2, inner), (1, block[0], 1, block[1]), (1, 2))
+    w2 = quantised(rng, (2, experts, inner, width), (1, *block), (1, 1))
     ids = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
     ids[(rng.random(ids.shape) < absent) | (ids == 3)] = -1
     weights = jnp.asarray(rng.random((tokens, 3)), jnp.float32)
@@ -623,8 +631,8 @@ def test_kernels_of_deepseek_v3_in_fp8_lower_for_cuda():
     array = jax.ShapeDtypeStruct
     layer, pool = array((), i32), array((5, 20000, 16, 576), FP8)
     experts = (
-        abstract_fp8((3, 64, 7168, 2, 2048), (1, 128, 1, 128), -3),
-        abstract_fp8((3, 64, 2048, 7168), (1, 128, 128), -2),
+        abstract_fp8((3, 64, 7168, 2, 2048), (1, 128, 1, 128), (1, 2)),
+        abstract_fp8((3, 64, 2048, 7168), (1, 128, 128), (1, 1)),
     )
     for tokens in (64, 4096):
         rows = (array((tokens, 7168), bf16), array((tokens, 8), i32), array((tokens, 8), f32))

@@ -1,7 +1,8 @@
-"""Matrix products with one layer of stacked weights: `xla` slices the layer out, `pallas` does not.
+"""Matrix products with one layer of stacked weights: `xla` slices the layer out, kernels do not.
 
 A product of a few rows costs what reading its weights costs. XLA copies a layer out of the stack
-first, which doubles that; the kernel reads the stack where it lies.
+first, which doubles that; kernels read the stack where it lies: `pallas` on all GPUs, `hopper_fp8`
+weights in FP8 on one kind of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.ops.dense import pallas
+from model.ops.dense import hopper_fp8, pallas
 from model.ops.kernels import Kernels
 from model.quantization import BlockFP8, layer_weight
 
@@ -75,19 +76,34 @@ def matmul_parts(
 
     Each result is in parts [P, T, out...] whose sum it is: float32, or in x's dtype if P is 1.
     """
-    few = kernels.dense == "pallas" and x.shape[0] <= MAX_ROWS
-    if few and all(_read_in_place(weight, num_in) for weight in weights):
-        stacks, layer = [weight.stack for weight in weights], weights[0].layer
-        return pallas.matmul_parts(x, stacks, layer, num_in, interpret=kernels.interpret)
-    contracted = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
-    return [
-        jax.lax.dot_general(x, weight[...], (contracted, ((), ())), preferred_element_type=x.dtype)[
-            None
-        ]
+    if kernels.dense == "xla" or len(x) > MAX_ROWS or not _read_in_place(weights, num_in):
+        contracted = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
+        product = functools.partial(
+            jax.lax.dot_general,
+            dimension_numbers=(contracted, ((), ())),
+            preferred_element_type=x.dtype,
+        )
+        return [product(x, weight[...])[None] for weight in weights]
+    on_hopper = [
+        kernels.dense == "hopper" and hopper_fp8.unsupported(weight.stack, num_in) is None
         for weight in weights
+    ]
+    together = [w.stack for w, alone in zip(weights, on_hopper, strict=True) if not alone]
+    layer, interpret = weights[0].layer, kernels.interpret
+    rest = iter(())
+    if together:
+        rest = iter(pallas.matmul_parts(x, together, layer, num_in, interpret=interpret))
+    return [
+        hopper_fp8.matmul_parts(x, weight.stack, layer, num_in, interpret=interpret)
+        if alone
+        else next(rest)
+        for weight, alone in zip(weights, on_hopper, strict=True)
     ]
 
 
-def _read_in_place(weight: Any, num_in: int) -> bool:
-    """Whether the kernel takes the weight."""
-    return isinstance(weight, StackedWeight) and pallas.unsupported(weight.stack, num_in) is None
+def _read_in_place(weights: Sequence[Any], num_in: int) -> bool:
+    """Whether kernels take the weights."""
+    return all(
+        isinstance(weight, StackedWeight) and pallas.unsupported(weight.stack, num_in) is None
+        for weight in weights
+    )

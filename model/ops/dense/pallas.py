@@ -32,7 +32,7 @@ COLUMNS, DEPTH, STAGES = 64, 64, 4
 def unsupported(stack: jax.Array | BlockFP8, num_in: int) -> str | None:
     """Why the kernel cannot take weights [L, in..., out...]; None if it can."""
     if isinstance(stack, BlockFP8):
-        return fp8_unsupported(stack.shape, stack.block)
+        return fp8_unsupported(stack.data.shape, stack.block)
     shape = stack.shape[1:]
     depth, columns = math.prod(shape[:num_in]), math.prod(shape[num_in:])
     if depth % MIN_BLOCK or columns % MIN_BLOCK:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
+from model.ops import hopper_products
 from model.ops.grouped_mlp import placing
-from model.ops.kernels import HOPPER, PROCESSORS, InterpretGPUParams, lowered_once
+from model.ops.hopper_products import LAYOUT, PART, WARPGROUPS, Ring, launched, share_work
+from model.ops.kernels import HOPPER, lowered_once
 
-WARPGROUPS = 2
-"""That multiply, each a part of a tile's rows; one more copies."""
-PART = 64
 ROWS = WARPGROUPS * PART
 ALIGNMENT = 8
 """Rows of a tile in shared memory: copies begin at a multiple of it."""
@@ -33,9 +31,6 @@ DEPTH = 64
 """Contracted numbers of a step: 128 bytes, as wide as shared memory is swizzled."""
 STAGES = 4
 """Steps in shared memory: 48 of its 227 KiB each, beside 32 for results."""
-COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
-"""Of a thread: 128 times the first and twice the second are the 64 Ki that there are."""
-LAYOUT = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
 LEAST_LOAD = 64
 """Pairs of an expert, in the mean, from which these kernels are faster than those for all GPUs.
 
@@ -57,20 +52,6 @@ def unsupported(
     return None
 
 
-class Ring(NamedTuple):
-    """Steps on their way from the warpgroup that copies to those that multiply.
-
-    Attributes:
-        x: [stages, rows, depth]; w: [stages, 2, depth, columns], or the last two turned.
-        ready, free: barriers [stages]: a step is there; all have multiplied it.
-    """
-
-    x: jax.Array
-    w: jax.Array
-    ready: jax.Array
-    free: jax.Array
-
-
 def for_tiles(used: jax.Array, columns: int, steps: int, do: Callable[..., None]) -> None:
     """`do` a program's tiles: given their block, their column, and the number of their first step.
 
@@ -79,39 +60,14 @@ def for_tiles(used: jax.Array, columns: int, steps: int, do: Callable[..., None]
     Args:
         used: blocks; columns: tiles of a block; steps: of a tile.
     """
-    me = lax.axis_index("processor")
+    me, all_of_them = lax.axis_index("processor"), hopper_products.PROCESSORS
 
     def body(i, carry):
-        number = me + i * PROCESSORS
+        number = me + i * all_of_them
         do(lax.div(number, columns), lax.rem(number, columns), i * steps)
         return carry
 
-    lax.fori_loop(0, lax.div(used * columns - me + PROCESSORS - 1, PROCESSORS), body, None)
-
-
-def share_work(
-    ring: Ring,
-    each_tile: Callable[[Callable[..., None]], None],
-    copy: Callable[..., None],
-    compute: Callable[..., None],
-) -> None:
-    """One warpgroup copies each tile, the others compute it."""
-    group, stages = lax.axis_index("warpgroup"), ring.x.shape[0]
-
-    @pl.when(group == WARPGROUPS)
-    def _() -> None:
-        mgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        each_tile(copy)
-        for slot in range(stages):
-            mgpu.barrier_wait(ring.free.at[slot])
-
-    @pl.when(group < WARPGROUPS)
-    def _() -> None:
-        mgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
-        for slot in range(stages):
-            mgpu.barrier_arrive(ring.free.at[slot])
-        each_tile(compute)
-        mgpu.wait_smem_to_gmem(0)
+    lax.fori_loop(0, lax.div(used * columns - me + all_of_them - 1, all_of_them), body, None)
 
 
 def of_halves(first: jax.Array, second: jax.Array, gated: bool) -> tuple[jax.Array, ...]:
@@ -244,25 +200,19 @@ def _tiles(
     interpret: bool,
 ) -> jax.Array:
     """[blocks * ROWS, width], see `_tiles_kernel`; w is [L, E, depth, columns]."""
-    return mgpu.kernel(
+    return launched(
         functools.partial(_tiles_kernel, experts=w.shape[1], gated=gated),
-        out_type=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
-        scratch_types=[
+        jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
+        [
             mgpu.SMEM((STAGES, ROWS, DEPTH), x.dtype, transforms=LAYOUT),
             mgpu.SMEM((STAGES, 2, DEPTH, HALF), x.dtype, transforms=LAYOUT),
             mgpu.SMEM((WARPGROUPS, PART, HALF), x.dtype, transforms=LAYOUT),
             mgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
             mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
         ],
-        grid=(PROCESSORS,),
-        grid_names=("processor",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=mgpu.CompilerParams(
-            approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Warpgroup
-        ),
-        kernel_name="experts_gate_up" if gated else "experts_down",
-        interpret=InterpretGPUParams() if interpret else None,
+        "experts_gate_up" if gated else "experts_down",
+        lanes=False,
+        interpret=interpret,
     )(x, w.reshape(-1, w.shape[-1]), *blocks, layer)
 
 
