@@ -39,6 +39,9 @@ T = TypeVar("T")
 LAST_WORDS_S = 5.0
 """How long the error events of cut answers may take to leave, after the grace period."""
 BACKLOG = 2048
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays, as at the router: clearly longer than clients keep theirs
+(httpx, so the openai package too: 5 s). Where both close at the same moment, a request is lost."""
 GRAMMARS_AFTER_S = 1.0
 """When to build what checks grammars, counted from the engine's launch."""
 
@@ -143,6 +146,7 @@ class _Front:
                 server_header=False,
                 log_config=None,
                 backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(longest_stop_s),
             )
         )

@@ -1,6 +1,7 @@
 """The whole front process, with a fake engine process behind it: start, failures, exit codes."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -119,6 +120,19 @@ def test_serves_what_it_prints_and_exits_0(signum):
         assert server.exit_code() == 0
         assert server.stderr() == ""
         assert gone(child)
+
+
+def test_idle_connections_outlive_those_of_clients():
+    """httpx, and so the openai package, uses one again for 5 s: it must still be there then."""
+    with serving() as server:
+        address = server.url().removeprefix("http://")
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=10)) as client:
+            for pause in (5.5, 0):
+                client.request("GET", "/v1/models")
+                response = client.getresponse()
+                assert (response.status, response.will_close) == (200, False)
+                response.read()
+                time.sleep(pause)
 
 
 def test_port_in_use_is_one_sentence_before_the_engine_starts():
