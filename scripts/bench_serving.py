@@ -192,9 +192,10 @@ class Load:
             answer.error = f"error event: {json.dumps(event['error'])[:200]}"
         for choice in event.get("choices") or ():
             # The last event may carry a finish reason and nothing else.
-            if choice.get("text") or choice.get("finish_reason") is None:
+            ids = choice.get("token_ids") or ()
+            if ids or choice.get("text") or choice.get("finish_reason") is None:
                 answer.events.append(self._clock())
-            answer.token_ids += choice.get("token_ids") or ()
+            answer.token_ids += ids
         usage = event.get("usage")
         if usage:
             answer.prompt = usage["prompt_tokens"]

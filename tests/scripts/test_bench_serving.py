@@ -72,6 +72,7 @@ def test_what_the_server_does_not_say_must_be_given():
 
 DONE = b"data: [DONE]\n\n"
 TEXT = b'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+END = b'data: {"choices": [{"text": "", "finish_reason": "length", "token_ids": %s}]}\n\n'
 USAGE = (
     b'data: {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1, '
     b'"prompt_tokens_details": {"cached_tokens": 4}}}\n\n'
@@ -82,6 +83,8 @@ USAGE = (
     ("status", "content", "error"),
     [
         (200, TEXT + USAGE + DONE, None),
+        (200, END % b"[7]" + USAGE + DONE, None),
+        (200, END % b"[]" + USAGE + DONE, "1 tokens without any text"),
         (200, TEXT + USAGE, "ended without"),
         (200, DONE, "empty answer"),
         (200, USAGE + DONE, "1 tokens without any text; --return-token-ids"),
