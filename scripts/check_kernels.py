@@ -299,11 +299,15 @@ def norms(seed: int, tokens: int, parts: int) -> tuple[Any, Any]:
 
 
 class Matrix(NamedTuple):
-    """Inner and outer dimensions of a weight, and the blocks that it has in FP8."""
+    """Inner and outer dimensions of a weight, and the blocks that it has in FP8.
+
+    `turned`: how FP8 is stored, with contracted numbers side by side or as they are.
+    """
 
     inside: tuple[int, ...]
     outside: tuple[int, ...]
     block: tuple[int, ...] | None = None
+    turned: bool = True
 
 
 def products(
@@ -315,7 +319,7 @@ def products(
     if of.block is None:
         stack = draw.normal(*shape, scale=0.02)
     else:
-        stack = draw.fp8(shape, of.block, sides)
+        stack = draw.fp8(shape, of.block, sides if of.turned else AS_THEY_ARE)
 
     def run(which: Kernels) -> jax.Array:
         def one(x: jax.Array, stack: Any) -> jax.Array:
@@ -384,6 +388,7 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
         Matrix((1536,), (16, 192), (128, 1, 64)),
         Matrix((128, 128), (2048,), (1, 128, 128)),
         Matrix((2048,), (2, 4608), (128, 1, 128)),
+        Matrix((2048,), (576,), (128, 128), turned=False),
     )
     for which, tokens, of in itertools.product(many, (1, 16, 64, 300), matrices):
         run = functools.partial(products, seed, tokens, of, which)

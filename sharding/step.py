@@ -35,10 +35,6 @@ MAX_SCALE_SHARE = 0.5
 shards cut the blocks to pieces) is dequantised instead."""
 
 
-FP8Blocks = tuple[tuple[int, ...], tuple[int, ...]]
-"""An FP8 parameter's shape on a device, and its `BlockFP8.block`."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamInfo:
     """One array of the weights: where it stands, its padded and real shape, and how it is cut.
@@ -194,11 +190,23 @@ class ModelSpec:
         return (slices, layers, num_pages, page_size, *self._kv_entry[0])
 
     @property
-    def fp8_blocks(self) -> dict[str, FP8Blocks]:
-        """The parameters that stay in FP8."""
-        blocks = {p.path: p.block for p in self.params if p.block is not None}
+    def fp8_weights(self) -> dict[str, BlockFP8]:
+        """The parameters that stay in FP8, as a device has them, without numbers."""
+
+        def local(info: ParamInfo) -> Any:
+            return jax.ShapeDtypeStruct(
+                _local_shape(info.shape, info.spec, self.layout), info.dtype
+            )
+
+        factors = {p.path: p for p in self.params if p.block is not None}
         return {
-            p.path: (_local_shape(p.shape, p.spec, self.layout), blocks[p.path])
+            p.path: BlockFP8(
+                data=local(p),
+                scale=local(factors[p.path]),
+                block=factors[p.path].block,
+                dtype=self.dtype,
+                contracted=p.contracted,
+            )
             for p in self.params
             if p.dtype == FP8
         }

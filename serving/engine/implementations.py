@@ -7,7 +7,6 @@ refused; `auto` takes kernels where they can run, and the log says why where the
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 
 from jax.typing import DTypeLike
@@ -24,11 +23,11 @@ from model.ops.mla_attention import hopper as hopper_attention
 from model.ops.mla_attention import hopper_decode
 from model.ops.mla_attention import triton as triton_attention
 from model.ops.routing import unsupported as route_unsupported
+from model.quantization import AS_THEY_ARE, BlockFP8
 from serving.config import ConfigError, ServerConfig
 from sharding.layout import Layout
 from sharding.mesh import is_gpu
 from sharding.rules import padded_sizes
-from sharding.step import FP8Blocks
 
 log = logging.getLogger("meshserve.engine")
 
@@ -46,7 +45,7 @@ def choose_kernels(
     capability: str | None,
     dtype: DTypeLike,
     kv_dtype: DTypeLike | None = None,
-    fp8: Mapping[str, FP8Blocks] | None = None,
+    fp8: Mapping[str, BlockFP8] | None = None,
 ) -> Kernels:
     """The implementations of a model's programs on a platform.
 
@@ -54,13 +53,15 @@ def choose_kernels(
         capability: the devices' compute capability, if they are NVIDIA GPUs.
         dtype: of activations.
         kv_dtype: of the KV pool, if not the same.
-        fp8: the parameters that stay in FP8 on the devices, see `ModelSpec.fp8_blocks`.
+        fp8: the parameters that stay in FP8 on the devices, see `ModelSpec.fp8_weights`.
 
     Raises:
         ConfigError: a back end asked for by name cannot run this model here.
     """
     fp8 = fp8 or {}
-    refused = {path: why for path, (s, b) in fp8.items() if (why := fp8_unsupported(s, b))}
+    refused = {
+        path: why for path, w in fp8.items() if (why := fp8_unsupported(w.data.shape, w.block))
+    }
     here = None if is_gpu(platform) else f"they need an NVIDIA GPU, this is {platform}"
     attention = _chosen(
         "--attention-backend", config.attention_backend, here or _no_attention(model)
@@ -105,7 +106,7 @@ def choose_kernels(
         unroll=config.layer_unroll or (LAYER_UNROLL if attention == "pallas" else 1),
     )
     if kernels.dense != "xla":
-        _log_fp8(fp8, refused, experts)
+        _log_fp8(fp8, refused, experts, dense)
     log.info(
         "decode attention: %s, extend attention: %s, experts: %s, routing: %s, dense products of "
         "few rows: %s",
@@ -182,10 +183,10 @@ def _experts_kernel(
     layout: Layout,
     capability: str | None,
     dtype: DTypeLike,
-    fp8: Mapping[str, FP8Blocks],
+    fp8: Mapping[str, BlockFP8],
 ) -> HopperImplementation:
     sizes = model.hidden_size, _inner(model, layout)
-    blocks = {path: block for path, (_, block) in fp8.items() if ".experts." in path}
+    blocks = {path: weight.block for path, weight in fp8.items() if ".experts." in path}
     reason = hopper_experts.unsupported(capability, dtype, *sizes)
     for experts in sorted({path.rpartition(".")[0] for path in blocks}):
         w1, w2 = (blocks.get(f"{experts}.{name}") for name in ("w1", "w2"))
@@ -197,18 +198,30 @@ def _experts_kernel(
 
 
 def _log_fp8(
-    fp8: Mapping[str, FP8Blocks], refused: Mapping[str, str], experts: HopperImplementation
+    fp8: Mapping[str, BlockFP8],
+    refused: Mapping[str, str],
+    experts: HopperImplementation,
+    dense: HopperImplementation,
 ) -> None:
     """Which FP8 parameters cost more than reading them."""
-    for path, reason in refused.items():
-        if ".experts." not in path:
-            log.info("products with %s: xla, no kernel for it: %s", path, reason)
-    for path, (shape, _) in fp8.items():
-        if ".experts." in path and experts == "hopper":
+    for path, weight in fp8.items():
+        of_experts = ".experts." in path
+        if path in refused:
+            if not of_experts:
+                log.info("products with %s: xla, no kernel for it: %s", path, refused[path])
             continue
-        if path not in refused and out_of_reach(math.prod(shape)):
+        in_reach = (of_experts and experts == "hopper") or not out_of_reach(weight.data.size)
+        # What is stored as it is multiplied is too small for the kernel for Hopper GPUs.
+        if not of_experts and dense == "hopper" and weight.contracted != AS_THEY_ARE:
+            reason = hopper_dense.unsupported(weight, weight.contracted[0])
+            in_reach = in_reach or reason is None
+            if reason is not None:
+                log.info(
+                    "products with %s: pallas, Hopper GPUs' kernel is not for it: %s", path, reason
+                )
+        if not in_reach:
             log.info(
                 "%s: kernels reach no FP8 weights of %.1f GiB a device (from 2 to 4 GiB), so each "
                 "layer is copied before it is read",
-                *(path, math.prod(shape) / 2**30),
+                *(path, weight.data.size / 2**30),
             )

@@ -179,7 +179,7 @@ class ModelRunner:
             capability=getattr(device, "compute_capability", None),
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
-            fp8=self.spec.fp8_blocks,
+            fp8=self.spec.fp8_weights,
         )
         self._log_fp8(source)
         self.weights = source.load(self.spec, self.mesh)

@@ -36,7 +36,7 @@ from model.ops.mla_attention import (
 from model.ops.mla_attention.heads import per_head
 from model.ops.mla_attention.inputs import finish_inputs
 from model.ops.routing import unsupported as routing_unsupported
-from model.quantization import FP8
+from model.quantization import AS_THEY_ARE, FP8
 from model.rope import apply_rope
 from tests.fixtures import DATA
 from tests.fp8 import abstract_fp8, quantised
@@ -314,12 +314,14 @@ def test_grouped_mlp_reads_fp8(rng, block, tokens, absent):
 
 @pytest.mark.parametrize("block", FP8_BLOCKS)
 @pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     ("inside", "outside"), [((288,), (2, 176)), ((3, 96), (160,)), ((96,), (3, 192))]
 )
-def test_products_read_fp8(rng, block, rows, inside, outside):
+def test_products_read_fp8(rng, block, rows, inside, outside, turned):
     of_stack = (1,) * (len(inside) - 1) + block[:1] + (1,) * (len(outside) - 1) + block[1:]
-    stack = quantised(rng, (3, *inside, *outside), of_stack)
+    contracted = (len(inside), len(outside)) if turned else AS_THEY_ARE
+    stack = quantised(rng, (3, *inside, *outside), of_stack, contracted)
     weight = StackedWeight(stack=stack, layer=jnp.int32(2))
     assert dense.pallas.unsupported(stack, len(inside)) is None
     x = jnp.asarray(rng.standard_normal((rows, *inside)), jnp.float32)
@@ -327,10 +329,11 @@ def test_products_read_fp8(rng, block, rows, inside, outside):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-def test_fp8_and_plain_weights_share_a_kernel(rng):
+@pytest.mark.parametrize("contracted", [AS_THEY_ARE, (1, 2)])
+def test_fp8_and_plain_weights_share_a_kernel(rng, contracted):
     x = jnp.asarray(rng.standard_normal((5, 128)), jnp.float32)
     plain = jnp.asarray(rng.standard_normal((3, 128, 80)), jnp.float32)
-    stacks = quantised(rng, (3, 128, 2, 48), (64, 1, 48)), plain
+    stacks = quantised(rng, (3, 128, 2, 48), (64, 1, 48), contracted), plain
     weights = [StackedWeight(stack=stack, layer=jnp.int32(1)) for stack in stacks]
     for parts, weight in zip(matmul_parts(x, weights, 1, KERNELS), weights, strict=True):
         want = matmul(x, weight, 1, XLA)
@@ -651,15 +654,16 @@ def test_kernels_of_deepseek_v3_in_fp8_lower_for_cuda():
         )
         assert "route" in text
     for rows in (64, 300):
-        for shape, block, num_in in (
-            ((1536, 128, 192), (128, 1, 64), 1),
-            ((7168, 576), (128, 128), 1),
-            ((128, 128, 7168), (1, 128, 128), 2),
-            ((7168, 2, 18432), (128, 1, 128), 1),
+        for shape, block, num_in, contracted in (
+            ((1536, 128, 192), (128, 1, 64), 1, (1, 2)),
+            ((7168, 576), (128, 128), 1, AS_THEY_ARE),
+            ((128, 128, 7168), (1, 128, 128), 2, (2, 1)),
+            ((7168, 2, 18432), (128, 1, 128), 1, (1, 2)),
         ):
+            weight = abstract_fp8((5, *shape), block, contracted)
             text = lowered_for_cuda(
                 lambda x, w, i, n=num_in: matmul(x, StackedWeight(stack=w, layer=i), n, kernels),
-                *(array((rows, *shape[:num_in]), bf16), abstract_fp8((5, *shape), block), layer),
+                *(array((rows, *shape[:num_in]), bf16), weight, layer),
             )
             assert "dense" in text
     stacks = array((5, 128, 128, 512), bf16), array((5, 128, 512, 128), bf16)

@@ -115,14 +115,17 @@ def test_errors_are_one_sentence(converted, tmp_path):
             load(broken, (1, 1, 1))
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("kind", ["plain", "fp8"])
-def test_folders_of_version_1_are_read_where_nothing_is_stored_otherwise(converted, tmp_path, kind):
+def test_older_folders_are_read_where_nothing_is_stored_otherwise(
+    converted, tmp_path, kind, version
+):
     older = tmp_path / kind
     shutil.copytree(converted[kind][1], older)
     description = json.loads((older / "meshserve.json").read_text())
-    (older / "meshserve.json").write_text(json.dumps(description | {"version": 1}))
+    (older / "meshserve.json").write_text(json.dumps(description | {"version": version}))
     if kind == "plain":
         assert load(older, (1, 1, 1))
     else:
-        with pytest.raises(CheckpointError, match="version 1"):
+        with pytest.raises(CheckpointError, match=f"version {version}"):
             load(older, (1, 1, 1))

@@ -1,8 +1,9 @@
 """A few rows times one layer of FP8 weights on Hopper GPUs (a Mosaic kernel).
 
-All steps of all tiles are one sequence that programs cut into even shares, wherever that cuts a
-tile (stream-K, arXiv:2301.03598): a matrix of any size keeps all multiprocessors reading to the
-end. What several programs have of a tile are parts, added in a fixed order by what consumes them.
+All steps of all tiles of the matrix are one sequence that programs cut into even shares, wherever
+that cuts a tile (stream-K, arXiv:2301.03598): a matrix of any size keeps all multiprocessors
+reading to the end. What several programs have of a tile are parts, added in a fixed order by what
+consumes them. Every block of rows is cut alike, so that a row's bits depend on no other.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -36,8 +38,9 @@ from model.ops.kernels import HOPPER, covering_block, lowered_once
 from model.quantization import BlockFP8
 
 MAX_ROWS = 128
-"""Of a tile."""
+"""Of a block of them."""
 MAX_PARTS = 6
+"""Of a tile: each is written and read again, 4 bytes a number."""
 
 
 def no_kernel(capability: str | None, dtype: jax.typing.DTypeLike) -> str | None:
@@ -81,7 +84,7 @@ def _inner(of_dimensions: tuple[int, ...], num_in: int) -> tuple[int, int]:
 
 
 class Shares(NamedTuple):
-    """How programs share the steps of tiles; a tile is a block of rows and HALF columns.
+    """How programs share the steps of tiles, HALF columns each.
 
     Attributes:
         tiles; steps: of a tile; share: steps of a program, but perhaps for the last ones.
@@ -99,23 +102,26 @@ class Shares(NamedTuple):
     @property
     def parts(self) -> int:
         """That the most divided tile has."""
-        last = (self.last_part(tile) for tile in range(self.tiles))
-        return 1 + max(last)
+        first = np.arange(self.tiles) * self.steps
+        return 1 + int(((first + self.steps - 1) // self.share - first // self.share).max())
 
-    def last_part(self, tile: int) -> int:
-        """Programs that end in a tile, but for the first."""
-        return ((tile + 1) * self.steps - 1) // self.share - tile * self.steps // self.share
-
-    def each(self, program: jax.Array, do: Callable[[jax.Array, Steps], None]) -> None:
-        """`do` what a program has of its tiles."""
+    def each(
+        self, program: jax.Array, blocks: int, do: Callable[[jax.Array, jax.Array, Steps], None]
+    ) -> None:
+        """`do` what a program has of its tiles, for each of the blocks of rows."""
         begin = program * self.share
         stop = jnp.minimum(begin + self.share, self.tiles * self.steps)
 
         def body(tile, carry):
             before = tile * self.steps
             first, end = jnp.maximum(begin, before), jnp.minimum(stop, before + self.steps)
-            do(tile, Steps(first - begin, first - before, end - before))
-            return carry
+
+            def of_rows(i, carry):
+                number = (first - begin) * blocks + (end - first) * i
+                do(tile, i, Steps(number, first - before, end - before))
+                return carry
+
+            return lax.fori_loop(0, blocks, of_rows, carry)
 
         after = lax.div(stop + self.steps - 1, self.steps)
         lax.fori_loop(lax.div(begin, self.steps), jnp.where(stop > begin, after, 0), body, None)
@@ -146,16 +152,12 @@ def _kernel(
     parts, blocks, width = out_ref.shape[0], x_ref.shape[0] // rows, out_ref.shape[2]
     group, program = lax.axis_index("warpgroup"), lax.axis_index("processor")
 
-    def place(tile) -> tuple[jax.Array, jax.Array]:
-        """Its first row and column. Tiles side by side have the same columns."""
-        return lax.rem(tile, blocks) * rows, lax.div(tile, blocks) * HALF
-
-    def copy(tile, steps: Steps) -> None:
-        row, column = place(tile)
+    def copy(tile, of_rows, steps: Steps) -> None:
+        row, column = of_rows * rows, tile * HALF
         copy_fp8_tile(ring, x_ref, w_ref, steps, row, [layer_ref[0] * width + column])
 
-    def compute(tile, steps: Steps) -> None:
-        row, column = place(tile)
+    def compute(tile, of_rows, steps: Steps) -> None:
+        row, column = of_rows * rows, tile * HALF
         (total,) = multiply_fp8_tile(
             *(ring, scale_ref, group, steps, [layer_ref[0] * width + column], block),
             scaled_weights=False,
@@ -179,7 +181,7 @@ def _kernel(
 
             lax.fori_loop(part + 1, parts, body, None)
 
-    share_work(ring, functools.partial(shares.each, program), copy, compute)
+    share_work(ring, functools.partial(shares.each, program, blocks), copy, compute)
 
 
 @lowered_once("num_in", "interpret")
@@ -192,7 +194,7 @@ def matmul_parts(
     rows = covering_block(t, MAX_ROWS)
     blocks = -(-t // rows)
     x = jnp.pad(x.reshape(t, depth), ((0, blocks * rows - t), (0, 0)))
-    shares = Shares.of(blocks * (width // HALF), depth // DEPTH)
+    shares = Shares.of(width // HALF, depth // DEPTH)
     block = _inner(stack.block, num_in)
     out = launched(
         functools.partial(_kernel, shares=shares, block=block, interpret=interpret),

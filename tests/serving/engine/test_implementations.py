@@ -13,6 +13,7 @@ import pytest
 
 from model.config import ModelConfig
 from model.formats.fp8 import fp8_parameters, is_quantized_by_habit
+from model.ops.dense.hopper_fp8 import unsupported
 from model.ops.kernels import Kernels
 from scripts.bench_offline import SHAPES
 from serving.config import ConfigError, ServerConfig, parse_args
@@ -27,6 +28,7 @@ from serving.engine.programs import (
 from sharding.layout import make_layout
 from sharding.step import ModelSpec
 from tests.fixtures import DATA
+from tests.fp8 import abstract_fp8
 
 
 def choose(
@@ -119,8 +121,8 @@ def test_what_has_no_kernel_runs_in_xla_and_the_log_says_so(caplog):
         odd = choose(
             "deepseek_v2_lite",
             fp8={
-                "segments.1.experts.w1": ((26, 64, 64, 2, 32), (1, 12, 1, 20)),
-                "segments.1.layers.attention.out": ((26, 4, 16, 64), (1, 4, 20)),
+                "segments.1.experts.w1": abstract_fp8((26, 64, 64, 2, 32), (1, 12, 1, 20)),
+                "segments.1.layers.attention.out": abstract_fp8((26, 4, 16, 64), (1, 4, 20)),
             },
         )
     assert (gqa.decode_attention, gqa.dense, gqa.grouped_mlp) == ("xla", "xla", "pallas")
@@ -137,7 +139,7 @@ def published_fp8(layers, layout):
     """DeepSeek-V3's own configuration, cut to some layers, and its FP8 parameters on a device."""
     config = ModelConfig.from_hf(SHAPES["deepseek-v3"] | {"num_hidden_layers": layers})
     names = fp8_parameters(config, is_quantized_by_habit)
-    return config, ModelSpec(config, jnp.dtype("bfloat16"), layout, names).fp8_blocks
+    return config, ModelSpec(config, jnp.dtype("bfloat16"), layout, names).fp8_weights
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 4, 4), (8, 8, 8), (4, 1, 1), (8, 4, 8)])
@@ -184,6 +186,47 @@ def test_published_fp8_experts_get_kernels_of_their_own_on_hopper_gpus(caplog, s
     assert experts(blocks, moe_runner_backend="pallas") == "pallas"
 
 
+def dense_kernel(config, layout, fp8, capability="9.0", **flags):
+    return choose_kernels(
+        *(ServerConfig(**flags), config, layout),
+        platform="cuda",
+        capability=capability,
+        dtype="bfloat16",
+        fp8=fp8,
+    ).dense
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (8, 8, 8), (8, 1, 1), (16, 16, 16)])
+def test_published_fp8_products_have_a_kernel_of_their_own_on_hopper_gpus(caplog, sizes):
+    """It reads stacks of any size, among them those of 61 layers that others do not reach."""
+    layout = make_layout(*sizes)
+    config, fp8 = published_fp8(61, layout)
+    dense = {path: weight for path, weight in fp8.items() if ".experts." not in path}
+    taken = [path for path, w in dense.items() if unsupported(w, w.contracted[0]) is None]
+    assert {path.rpartition(".")[2] for path in taken} == {"q_b", "out", "gate_up", "down"}
+    assert {path.rpartition(".")[2] for path in dense.keys() - taken} == {"q_a", "kv_a"}
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        assert dense_kernel(config, layout, fp8) == "hopper"
+        assert dense_kernel(config, layout, fp8, enable_deterministic_inference=True) == "hopper"
+    assert "is copied before it is read" not in caplog.text
+    assert "products with" not in caplog.text
+    assert dense_kernel(config, layout, fp8, capability="8.9") == "pallas"
+    assert dense_kernel(config, layout, fp8, attention_backend="pallas") == "pallas"
+    assert dense_kernel(config, layout, {}) == "pallas"
+
+
+def test_products_that_stay_with_the_kernel_for_all_gpus_are_named(caplog):
+    layout = make_layout(32, 1, 1)  # cuts what down contracts into blocks of 64
+    config, fp8 = published_fp8(5, layout)
+    with caplog.at_level(logging.INFO, "meshserve.engine"):
+        assert dense_kernel(config, layout, fp8) == "hopper"
+    lines = [r.message for r in caplog.records if r.message.startswith("products with")]
+    assert len(lines) == 2
+    for path, line in zip(("0.layers.mlp.down", "1.layers.moe.shared.down"), lines, strict=True):
+        assert f"segments.{path}: pallas" in line
+        assert "FP8 blocks of 128x64" in line
+
+
 def test_stacks_that_kernels_do_not_reach_are_named(caplog):
     layout = make_layout(4, 4, 4)
     config, blocks = published_fp8(5, layout)  # 2 MoE layers: 64 experts' w1 are 3.5 GiB
@@ -216,7 +259,13 @@ def test_hopper_gpus_get_kernels_of_their_own_for_experts_of_many_rows(caplog):
             grouped(layout=(4, 1, 1)),
             grouped(dtype="float32"),
             grouped(capability="10.0"),
-            grouped(fp8={"segments.1.experts.w1": ((1, 8, 2, 256, 512), (1, 1, 128, 128))}),
+            grouped(
+                fp8={
+                    "segments.1.experts.w1": abstract_fp8(
+                        (1, 8, 512, 2, 256), (1, 128, 1, 128), (1, 2)
+                    )
+                }
+            ),
         ]
         assert grouped(moe_runner_backend="xla") == "xla"
         assert grouped(moe_runner_backend="pallas") == "pallas"
