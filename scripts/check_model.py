@@ -1,12 +1,14 @@
 """A whole model with its kernels against the definitions in XLA, in bfloat16 and in float32.
 
-Dummy weights of a published shape, a few layers of it, on one device. Four steps: two prompts,
-their continuations behind one and behind several pieces of cached prefix, then a decode step beside
-another prompt. Of every step's logits it prints the norm of the difference from the float32
-definition, relative to that definition's: what rounding to bfloat16 costs the definition, and what
-it costs the kernels. They are bad if theirs is more than half as much again. For example:
+Dummy weights of a published shape, a few layers of it, on one device; weights in FP8 stay so, for
+all. Five steps: two prompts, their continuations behind one and behind several pieces of cached
+prefix, a decode step beside another prompt, and one alone. Of every step's logits it prints the
+norm of the difference from the float32 definition, relative to that definition's: what rounding to
+bfloat16 costs the definition, and what it costs the kernels. They are bad if theirs is more than
+half as much again. For example:
 
   python scripts/check_model.py --shape deepseek-v2-lite --layers 6
+  python scripts/check_model.py --shape deepseek-v3 --layers 4
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ ROWS = 128
 """Of prompts, their multiples."""
 MUCH = 1.5
 """Times the definition's own rounding."""
+COPIES = 4
+"""Of the rows of the last step: decode attention of many heads has a kernel for several."""
 Step = tuple[str, list[tuple[int, int]], list[tuple[int, int, int]]]
 """A name, decode rows (sequence, position), and chunks (sequence, start, tokens)."""
 
@@ -57,6 +61,7 @@ def steps(unit: int) -> list[Step]:
         ("behind prefixes", [], behind),
         ("behind long prefixes", [], further),
         ("decode beside a prompt", decodes, [(2, 0, 20 * unit)]),
+        ("decode", [(s, at + 1) for s, at in decodes] + [(2, 20 * unit)], []),
     ]
 
 
@@ -66,9 +71,11 @@ def batch_of(step: Step, tokens: np.ndarray, pages: int) -> ForwardBatch:
     Sequence s has the `tokens` [s] and, behind the sink, `pages` pages from number s * pages on.
     """
     _, decodes, chunks = step
+    if not chunks:
+        decodes = decodes * COPIES
     tables = 1 + np.arange(SEQUENCES * pages, dtype=np.int32).reshape(SEQUENCES, pages)
     lengths = [n for _, _, n in chunks]
-    prompts = np.concatenate([tokens[s, start : start + n] for s, start, n in chunks])
+    prompts = [token for s, start, n in chunks for token in tokens[s, start : start + n]]
 
     def numbers(values: Sequence[int]) -> jax.Array:
         return jnp.asarray(values, jnp.int32)
@@ -97,16 +104,22 @@ class Model:
 
     def logits(self, batch: ForwardBatch) -> np.ndarray:
         """f32 [decode rows + chunks, V], the pool updated."""
+        shapes = [a.shape for a in batch]
 
-        def program(weights: list[jax.Array], kv: jax.Array, batch: ForwardBatch) -> Any:
+        def program(weights: list[jax.Array], kv: jax.Array, used: list[jax.Array]) -> Any:
+            # XLA of jaxlib 0.11.2 crashes on sharded empty arguments.
+            given = iter(used)
+            all_of_it = (jnp.zeros(s, jnp.int32) if 0 in s else next(given) for s in shapes)
             model = self.spec.merge(weights)
-            logits, kv, _ = model(kv[0], batch, self._comm, kernels=self._kernels)
+            rows = ForwardBatch(*all_of_it)
+            logits, kv, _ = model(kv[0], rows, self._comm, kernels=self._kernels)
             return logits, kv[None]
 
         whole, pool = PartitionSpec(), self.spec.pool_spec
-        specs = (self.spec.specs, pool, jax.tree.map(lambda _: whole, batch))
+        used = [a for a in batch if a.size]
+        specs = (self.spec.specs, pool, [whole] * len(used))
         run = sharded(program, self._mesh, specs, (whole, pool), donate=(1,))
-        logits, self._kv = run(self._weights, self._kv, batch)
+        logits, self._kv = run(self._weights, self._kv, used)
         return np.asarray(logits, np.float32)
 
 
@@ -115,7 +128,7 @@ def models(config: ServerConfig, pages: int) -> Iterator[Model]:
     source, layout = open_weights(config), resolve_layout(config)
     mesh = make_mesh(layout)
     device = mesh.devices.flat[0]
-    spec = ModelSpec(source.config, jnp.bfloat16, layout)
+    spec = ModelSpec(source.config, jnp.dtype(jnp.bfloat16), layout, source.fp8)
     weights = source.load(spec, mesh)
     kernels = choose_kernels(
         config,
@@ -124,18 +137,19 @@ def models(config: ServerConfig, pages: int) -> Iterator[Model]:
         platform=device.platform,
         capability=getattr(device, "compute_capability", None),
         dtype=jnp.bfloat16,
+        fp8=spec.fp8_weights,
     )
     yield Model(spec, mesh, weights, kernels, pages)
     yield Model(spec, mesh, weights, XLA, pages)
-    spec = ModelSpec(source.config, jnp.float32, layout)
-    # Some parameters are float32 in any model.
+    spec = ModelSpec(source.config, jnp.dtype(jnp.float32), layout, source.fp8)
+    # Some parameters are float32 in any model, others FP8.
     wide = [w.astype(p.dtype) for w, p in zip(weights, spec.params, strict=True)]
     yield Model(spec, mesh, wide, XLA, pages)
 
 
 def compare(config: ServerConfig, unit: int, seed: int) -> Iterator[Row]:
     """A row for each step."""
-    longest = 1 + 40 * unit
+    longest = 2 + 40 * unit
     pages = -(-longest // PAGE)
     chosen = list(models(config, pages))
     vocab = chosen[0].spec.config.vocab_size
@@ -165,7 +179,7 @@ def main(argv: list[str]) -> int:
     args, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            fixed = ["--tp", "1", "--dtype", "bfloat16", "--fp8-weights", "dequantize"]
+            fixed = ["--tp", "1", "--dtype", "bfloat16"]
             config = configured([*fixed, *flags], args.shape, Path(temporary), args.layers)
             configure_jax(config)
             rows = []
