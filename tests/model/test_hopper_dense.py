@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu
 
 from model.ops import hopper_products
 from model.ops.dense import StackedWeight, hopper_fp8, matmul, matmul_parts, pallas
@@ -71,6 +72,25 @@ def test_equal_rows_give_equal_bits_wherever_they_stand(rng, few_processors):
     x = jnp.asarray(rng.standard_normal((128, 1024)), jnp.bfloat16)
     parts = product(stack, 1, HOPPER)(jnp.concatenate([x, x]))
     np.testing.assert_array_equal(parts[:, :128], parts[:, 128:])
+
+
+@needs_interpreter
+def test_warpgroups_and_copies_do_not_race(rng, monkeypatch, few_processors):
+    """The ring goes round, programs store several parts; the detector would see a lost wait."""
+    detecting = functools.partial(mosaic_gpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(hopper_products, "InterpretGPUParams", detecting)
+    stack = quantised(rng, (2, 2176, 512), (128, 128), (1, 1), "bfloat16")
+    x = jnp.ones((20, 2176), jnp.bfloat16)
+    jax.block_until_ready(product(stack, 1, HOPPER)(x))
+    hopper_fp8.matmul_parts.clear_cache()
+    wait = mosaic_gpu.wait_smem_to_gmem
+    monkeypatch.setattr(
+        mosaic_gpu,
+        "wait_smem_to_gmem",
+        lambda n, wait_read_only=False: None if wait_read_only else wait(n),
+    )
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        jax.block_until_ready(product(stack, 1, HOPPER)(x))
 
 
 @pytest.mark.parametrize("steps", [1, 12, 56, 144])

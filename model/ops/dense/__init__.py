@@ -84,21 +84,19 @@ def matmul_parts(
             preferred_element_type=x.dtype,
         )
         return [product(x, weight[...])[None] for weight in weights]
-    on_hopper = [
-        kernels.dense == "hopper" and hopper_fp8.unsupported(weight.stack, num_in) is None
-        for weight in weights
-    ]
-    together = [w.stack for w, alone in zip(weights, on_hopper, strict=True) if not alone]
     layer, interpret = weights[0].layer, kernels.interpret
-    rest = iter(())
-    if together:
-        rest = iter(pallas.matmul_parts(x, together, layer, num_in, interpret=interpret))
-    return [
-        hopper_fp8.matmul_parts(x, weight.stack, layer, num_in, interpret=interpret)
-        if alone
-        else next(rest)
-        for weight, alone in zip(weights, on_hopper, strict=True)
-    ]
+    results: dict[int, jax.Array] = {}
+    for i, weight in enumerate(weights):
+        if kernels.dense == "hopper" and hopper_fp8.unsupported(weight.stack, num_in) is None:
+            results[i] = hopper_fp8.matmul_parts(
+                x, weight.stack, layer, num_in, interpret=interpret
+            )
+    others = [i for i in range(len(weights)) if i not in results]
+    if others:
+        stacks = [weights[i].stack for i in others]
+        parts = pallas.matmul_parts(x, stacks, layer, num_in, interpret=interpret)
+        results |= zip(others, parts, strict=True)
+    return [results[i] for i in range(len(weights))]
 
 
 def _read_in_place(weights: Sequence[Any], num_in: int) -> bool:
