@@ -74,7 +74,9 @@ def test_equal_rows_give_equal_bits_wherever_they_stand(rng, few_processors):
     np.testing.assert_array_equal(parts[:, :128], parts[:, 128:])
 
 
-@needs_interpreter
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="jax 0.11 takes a wait for reads for none"
+)
 def test_warpgroups_and_copies_do_not_race(rng, monkeypatch, few_processors):
     """The ring goes round, programs store several parts; the detector would see a lost wait."""
     detecting = functools.partial(mosaic_gpu.InterpretGPUParams, detect_races=True)
