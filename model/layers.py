@@ -16,7 +16,7 @@ from model.comm import Comm
 from model.ops import norm
 from model.ops.dense import MAX_ROWS, StackedWeight, matmul, sum_parts
 from model.ops.grouped_mlp import hopper
-from model.ops.kernels import XLA, Kernels
+from model.ops.kernels import HOPPER, XLA, Kernels
 from model.quantization import AS_THEY_ARE, Contracted
 
 Axis = Literal["heads", "kv_heads", "vocab", "mlp", "experts", "expert_mlp"] | None
@@ -107,7 +107,7 @@ def gated_mlp(x: jax.Array, w1: Any, w2: Any, kernels: Kernels = XLA) -> jax.Arr
         and len(x) > MAX_ROWS
         and len(x) % hopper.ALIGNMENT == 0
         and all(isinstance(w, StackedWeight) and isinstance(w.stack, jax.Array) for w in (w1, w2))
-        and hopper.unsupported(hopper.HOPPER, x.dtype, x.shape[1], w2.stack.shape[1]) is None
+        and hopper.unsupported(HOPPER, x.dtype, x.shape[1], w2.stack.shape[1]) is None
     )
     if on_hopper:
         return hopper.gated_mlp(x, w1.stack, w2.stack, w1.layer, interpret=kernels.interpret)

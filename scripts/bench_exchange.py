@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from scripts.bench_step import device_events
-from scripts.benchmarking import emit, own_parser, say, table
+from scripts.benchmarking import emit, numbers, own_parser, say, table
 from serving.config import ConfigError, ServerConfig
 from serving.engine.engine import configure_jax, resolve_layout
 from serving.engine.runner import resolve_dtype
@@ -237,10 +237,6 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 def options(text: str) -> Options:
     """ "name:option=value;option=value", where JAX wants booleans as such."""
     name, _, given = text.partition(":")
@@ -258,7 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument(
         "--tokens",
-        type=sizes,
+        type=numbers,
         default="16,64,256,1024,2048,8192",
         help="of a slice (default: 16,64,256,1024,2048,8192)",
     )
@@ -275,7 +271,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=int, default=64, help="default: 64")
     parser.add_argument("--top-k", type=int, default=6, help="experts of a token (default: 6)")
     parser.add_argument(
-        "--shared-width", type=sizes, default="0", help="inner width of shared experts (default: 0)"
+        "--shared-width",
+        type=numbers,
+        default="0",
+        help="inner width of shared experts (default: 0)",
     )
     parser.add_argument(
         "--xla",

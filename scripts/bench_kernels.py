@@ -17,7 +17,7 @@ import functools
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.ops.dense import MAX_ROWS, StackedWeight, matmul_parts
-from model.ops.kernels import HOPPER, HopperImplementation, Kernels
+from model.ops.kernels import HopperImplementation, Kernels
 from model.ops.mla_attention import decode_attention, hopper_decode, plan_decode
-from scripts.bench_step import device_events
-from scripts.benchmarking import Row, emit, own_parser, say, table
-from scripts.check_kernels import BF16, LATENT, PAGE, ROPE, Draw
+from scripts.bench_step import device_events, sizes
+from scripts.benchmarking import Row, emit, numbers, own_parser, say, table
+from scripts.check_kernels import BF16, LATENT, PAGE, ROPE, Draw, gpu_and_kernels
 
 REPEATS, RUNS = 4, 3
 MATRICES = {
@@ -131,9 +131,10 @@ def measured(case: Case) -> Row:
     }
 
 
-def cases(args: argparse.Namespace, on_hopper: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+def cases(
+    args: argparse.Namespace, kernels: Sequence[HopperImplementation]
+) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Each one's name, and what makes it: a pool of 252 x 8192 takes 5 GB."""
-    kernels: list[HopperImplementation] = ["pallas", *(["hopper"] if on_hopper else [])]  # type: ignore[list-item]
     for name in MATRICES:
         for rows in args.rows:
             for which in kernels:
@@ -144,37 +145,24 @@ def cases(args: argparse.Namespace, on_hopper: bool) -> Iterator[tuple[str, Call
                 yield "decode", functools.partial(decode, batch, context, heads, which)
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def pairs(text: str) -> list[tuple[int, int]]:
-    return [(int(a), int(b)) for a, b in (part.split("x") for part in text.split(","))]
-
-
 def main(argv: list[str]) -> int:
     parser = own_parser(__doc__)
     parser.add_argument("--only", default="", help="cases whose names have this: decode, q_b")
     parser.add_argument("--rows", type=numbers, default="16,64,128,252,512", help="of products")
     parser.add_argument(
-        "--decode", type=pairs, default="64x1024,64x4096,252x8192", help="batch x context"
+        "--decode", type=sizes, default="64x1024,64x4096,252x8192", help="batch x context"
     )
     parser.add_argument("--heads", type=numbers, default="128,64,32", help="of decode attention")
     args = parser.parse_args(argv)
     if max(args.rows) > MAX_ROWS:
         parser.error(f"--rows: kernels take up to {MAX_ROWS}")
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        print(
-            f"bench_kernels: error: this needs a GPU, not {device.platform}: the times are those "
-            "of its kernels.",
-            file=sys.stderr,
-        )
+    here = gpu_and_kernels("bench_kernels", "the times are those of its kernels.")
+    if here is None:
         return 2
+    device, kernels = here
     hopper_decode.LEAST_ROWS = 0  # below it the kernel is not chosen
-    on_hopper = getattr(device, "compute_capability", None) == HOPPER
     rows: list[Row] = []
-    for name, make in cases(args, on_hopper):
+    for name, make in cases(args, kernels):
         if args.only in name:
             rows.append(measured(make()))
             say(f"  {rows[-1]}")

@@ -41,7 +41,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scripts.bench_offline import SHAPES, configured
 from scripts.bench_step import Plans, collective_time, covered, device_events, run
-from scripts.benchmarking import emit, own_parser, say, table
+from scripts.benchmarking import emit, numbers, own_parser, say, table
 from scripts.parallel_tables import Row, Rows, decode_table, first, modelled_ms, overview, ratios
 from serving.config import ServerConfig
 from serving.engine.engine import configure_jax, open_weights, resolve_layout
@@ -471,10 +471,6 @@ def report(results: Mapping[str, Rows], args: argparse.Namespace) -> None:
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def pair(text: str) -> tuple[int, int]:

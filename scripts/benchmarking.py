@@ -39,6 +39,11 @@ def own_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """A flag's "1,16,64"."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def percentile(values: Iterable[float], p: float) -> float:
     """The p-th percentile, the nearest of the values; NaN where there are none."""
     ordered = sorted(values)

@@ -15,7 +15,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -332,7 +332,23 @@ def products(
     return run(replace(kernels(), dense=dense)), run(XLA)
 
 
-def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
+def gpu_and_kernels(script: str, why: str) -> tuple[Any, list[HopperImplementation]] | None:
+    """The first device, and the back ends that it has kernels of; None, and a sentence printed, if
+    it is no GPU.
+
+    Args: script, why: who needs one, and what the sentence goes on with.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        sentence = f"{script}: error: this needs a GPU, not {device.platform}: {why}"
+        print(sentence, file=sys.stderr)
+        return None
+    on_hopper = getattr(device, "compute_capability", None) == HOPPER
+    return device, ["pallas", "hopper"] if on_hopper else ["pallas"]
+
+
+def cases(many: Sequence[HopperImplementation], seed: int) -> Iterator[Case]:
+    on_hopper = "hopper" in many
     for batch, heads, dtype in (
         *((1, 16, BF16), (9, 16, BF16), (64, 16, BF16), (200, 16, BF16), (64, 32, BF16)),
         *((64, 128, BF16), (5, 128, BF16), (64, 16, FP8), (64, 128, FP8)),
@@ -343,7 +359,6 @@ def cases(on_hopper: bool, seed: int) -> Iterator[Case]:
     for batch, heads, page in many_heads if on_hopper else ():
         run = functools.partial(decode, seed, batch, heads, BF16, "hopper", page)
         yield f"decode hopper {batch} sequences, {heads} heads, pages of {page}", run
-    many: list[HopperImplementation] = ["pallas", *(["hopper"] if on_hopper else [])]  # type: ignore[list-item]
     chunks = (
         [(0, 777)],
         [(0, 300), (0, 1), (0, 128), (0, 64)],
@@ -425,20 +440,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, help="default: a new one each time, printed")
     args = parser.parse_args(argv)
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        print(
-            f"check_kernels: error: this needs a GPU, not {device.platform}: on a CPU, "
-            "tests/model/test_kernels.py runs kernels in interpreters.",
-            file=sys.stderr,
-        )
+    why = "on a CPU, tests/model/test_kernels.py runs kernels in interpreters."
+    here = gpu_and_kernels("check_kernels", why)
+    if here is None:
         return 2
+    device, many = here
     # The definitions must not multiply float32 in fewer bits.
     jax.config.update("jax_default_matmul_precision", "highest")
     seed = int(time.time()) if args.seed is None else args.seed
-    on_hopper = getattr(device, "compute_capability", None) == HOPPER
     hopper.LEAST_LOAD = hopper_attention.LEAST_ROWS = hopper_decode.LEAST_ROWS = 0
-    chosen = [case for case in cases(on_hopper, seed) if any(part in case[0] for part in args.only)]
+    chosen = [case for case in cases(many, seed) if any(part in case[0] for part in args.only)]
     rows: list[Row] = []
     with ThreadPoolExecutor(4) as pool:  # most of the time goes into compiling
         for row in pool.map(compared, chosen):

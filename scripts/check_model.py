@@ -56,12 +56,13 @@ def steps(unit: int) -> list[Step]:
     behind = [(0, 7 * unit, 9 * unit), (1, 12 * unit, 10 * unit)]
     further = [(0, 16 * unit, 6 * unit), (1, 22 * unit, 18 * unit)]
     decodes = [(0, 22 * unit), (1, 40 * unit)]
+    alone = [(0, 22 * unit + 1), (1, 40 * unit + 1), (2, 20 * unit)]
     return [
         ("prompts", [], chunks),
         ("behind prefixes", [], behind),
         ("behind long prefixes", [], further),
         ("decode beside a prompt", decodes, [(2, 0, 20 * unit)]),
-        ("decode", [(s, at + 1) for s, at in decodes] + [(2, 20 * unit)], []),
+        ("decode", alone * COPIES, []),
     ]
 
 
@@ -71,8 +72,6 @@ def batch_of(step: Step, tokens: np.ndarray, pages: int) -> ForwardBatch:
     Sequence s has the `tokens` [s] and, behind the sink, `pages` pages from number s * pages on.
     """
     _, decodes, chunks = step
-    if not chunks:
-        decodes = decodes * COPIES
     tables = 1 + np.arange(SEQUENCES * pages, dtype=np.int32).reshape(SEQUENCES, pages)
     lengths = [n for _, _, n in chunks]
     prompts = [token for s, start, n in chunks for token in tokens[s, start : start + n]]

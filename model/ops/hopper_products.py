@@ -16,10 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
-from model.ops import kernels
-from model.ops.kernels import InterpretGPUParams, load_as
+from model.ops.kernels import HOPPER, PROCESSORS, InterpretGPUParams, load_as
 
-PROCESSORS = kernels.PROCESSORS
 WARPGROUPS = 2
 """That multiply, each a part of a tile's rows; one more copies."""
 PART = 64
@@ -35,6 +33,15 @@ LAYOUT = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
 """Of numbers of two bytes in shared memory, of one byte, and of float32."""
 FP8_LAYOUT = (mgpu.TilingTransform((8, DEPTH)), mgpu.SwizzleTransform(128))
 F32_LAYOUT = (mgpu.TilingTransform((8, 32)), mgpu.SwizzleTransform(128))
+
+
+def unsupported(capability: str | None, dtype: jax.typing.DTypeLike) -> str | None:
+    """Why these kernels cannot run on such a GPU or multiply such rows; None if they can."""
+    if capability != HOPPER:
+        return f"compute capability {capability} instead of {HOPPER}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"they multiply bfloat16, not {jnp.dtype(dtype)}"
+    return None
 
 
 class Ring(NamedTuple):

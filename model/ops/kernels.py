@@ -36,8 +36,8 @@ HOPPER = "9.0"
 """The compute capability, and the only one, that has `wgmma` and its registers."""
 PROCESSORS = 132
 """Of an H100 SXM or H200. Where there are fewer, or something else runs on some, programs wait for
-others to end: decode attention of many heads, whose programs are equally long, takes twice the
-time then."""
+others to end: decode attention of many heads and products in FP8, whose programs are equally long,
+take twice the time then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from jax.typing import DTypeLike
 
 from model.config import ModelConfig
+from model.ops import hopper_products
 from model.ops.dense import hopper_fp8 as hopper_dense
 from model.ops.grouped_mlp import hopper as hopper_experts
 from model.ops.grouped_mlp import hopper_fp8
@@ -90,7 +91,7 @@ def choose_kernels(
         extend = _extend_kernel(model, capability, dtype)
     dense: HopperImplementation = attention
     if attention == "pallas" and config.attention_backend == "auto" and fp8:
-        reason = hopper_dense.no_kernel(capability, dtype)
+        reason = hopper_products.unsupported(capability, dtype)
         dense = _hopper_unless(reason, "FP8 products of few rows: pallas, Hopper GPUs' kernel is")
     if routing == "pallas" and (reason := route_unsupported(model.hidden_size)):
         routing = "xla"
@@ -210,16 +211,16 @@ def _log_fp8(
             if not of_experts:
                 log.info("products with %s: xla, no kernel for it: %s", path, refused[path])
             continue
-        in_reach = (of_experts and experts == "hopper") or not out_of_reach(weight.data.size)
-        # What is stored as it is multiplied is too small for the kernel for Hopper GPUs.
-        if not of_experts and dense == "hopper" and weight.contracted != AS_THEY_ARE:
-            reason = hopper_dense.unsupported(weight, weight.contracted[0])
-            in_reach = in_reach or reason is None
-            if reason is not None:
+        on_hopper = (experts if of_experts else dense) == "hopper"
+        if not of_experts and on_hopper:
+            # What is stored as it is multiplied is too small for that kernel.
+            on_hopper = weight.contracted != AS_THEY_ARE
+            if on_hopper and (reason := hopper_dense.unsupported(weight, weight.contracted[0])):
+                on_hopper = False
                 log.info(
                     "products with %s: pallas, Hopper GPUs' kernel is not for it: %s", path, reason
                 )
-        if not in_reach:
+        if not on_hopper and out_of_reach(weight.data.size):
             log.info(
                 "%s: kernels reach no FP8 weights of %.1f GiB a device (from 2 to 4 GiB), so each "
                 "layer is copied before it is read",

@@ -158,9 +158,9 @@ def test_only_weights_that_it_takes_go_to_it(monkeypatch):
 
 
 def test_what_it_cannot_take_is_said():
-    assert hopper_fp8.no_kernel("9.0", "bfloat16") is None
-    assert "capability 8.9" in hopper_fp8.no_kernel("8.9", "bfloat16")
-    assert "float32" in hopper_fp8.no_kernel("9.0", "float32")
+    assert hopper_products.unsupported("9.0", "bfloat16") is None
+    assert "capability 8.9" in hopper_products.unsupported("8.9", "bfloat16")
+    assert "float32" in hopper_products.unsupported("9.0", "float32")
     whole = abstract_fp8((3, 512, 2, 256), (128, 1, 128), (1, 2))
     assert hopper_fp8.unsupported(whole, 1) is None
     assert "not FP8" in hopper_fp8.unsupported(jnp.zeros((3, 512, 256)), 1)

@@ -34,22 +34,13 @@ from model.ops.hopper_products import (
     store_fp8_tile,
     zeros,
 )
-from model.ops.kernels import HOPPER, covering_block, lowered_once
+from model.ops.kernels import covering_block, lowered_once
 from model.quantization import BlockFP8
 
 MAX_ROWS = 128
 """Of a block of them."""
 MAX_PARTS = 6
 """Of a tile: each is written and read again, 4 bytes a number."""
-
-
-def no_kernel(capability: str | None, dtype: jax.typing.DTypeLike) -> str | None:
-    """Why the kernel cannot run on such a GPU or multiply such rows; None if it can."""
-    if capability != HOPPER:
-        return f"compute capability {capability} instead of {HOPPER}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"it multiplies bfloat16, not {jnp.dtype(dtype)}"
-    return None
 
 
 def unsupported(stack: jax.Array | BlockFP8, num_in: int) -> str | None:
@@ -59,9 +50,7 @@ def unsupported(stack: jax.Array | BlockFP8, num_in: int) -> str | None:
     num_out = stack.ndim - 1 - num_in
     if stack.contracted != (num_in, num_out):
         return "their contracted numbers do not lie side by side"
-    columns, depth = (
-        math.prod(side) for side in (stack.shape[1 + num_in :], stack.shape[1:][:num_in])
-    )
+    depth, columns = math.prod(stack.shape[1 : 1 + num_in]), math.prod(stack.shape[1 + num_in :])
     inner, block = _inner(stack.data.shape, num_in), _inner(stack.block, num_in)
     fits = columns % HALF == depth % DEPTH == block[0] % PART == block[1] % DEPTH == 0
     # Blocks that fill dimensions, and cut no other than the two, are found by divisions.

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 from model.ops import hopper_products
 from model.ops.grouped_mlp import placing
 from model.ops.hopper_products import LAYOUT, PART, WARPGROUPS, Ring, launched, share_work
-from model.ops.kernels import HOPPER, lowered_once
+from model.ops.kernels import lowered_once
 
 ROWS = WARPGROUPS * PART
 ALIGNMENT = 8
@@ -41,10 +41,8 @@ def unsupported(
     capability: str | None, dtype: jax.typing.DTypeLike, width: int, inner: int
 ) -> str | None:
     """Why the kernels cannot take experts of [width, inner] on such a GPU; None if they can."""
-    if capability != HOPPER:
-        return f"compute capability {capability} instead of {HOPPER}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"they multiply bfloat16, not {jnp.dtype(dtype)}"
+    if reason := hopper_products.unsupported(capability, dtype):
+        return reason
     if width % (2 * HALF) or inner % HALF:
         return (
             f"width {width} must be a multiple of {2 * HALF} and expert width {inner} one of {HALF}"
@@ -60,14 +58,14 @@ def for_tiles(used: jax.Array, columns: int, steps: int, do: Callable[..., None]
     Args:
         used: blocks; columns: tiles of a block; steps: of a tile.
     """
-    me, all_of_them = lax.axis_index("processor"), hopper_products.PROCESSORS
+    me, programs = lax.axis_index("processor"), hopper_products.PROCESSORS
 
     def body(i, carry):
-        number = me + i * all_of_them
+        number = me + i * programs
         do(lax.div(number, columns), lax.rem(number, columns), i * steps)
         return carry
 
-    lax.fori_loop(0, lax.div(used * columns - me + all_of_them - 1, all_of_them), body, None)
+    lax.fori_loop(0, lax.div(used * columns - me + programs - 1, programs), body, None)
 
 
 def of_halves(first: jax.Array, second: jax.Array, gated: bool) -> tuple[jax.Array, ...]:

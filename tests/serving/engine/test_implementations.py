@@ -55,6 +55,17 @@ def choose(
     )
 
 
+def choose_for(config, layout, fp8, capability="9.0", **flags):
+    """Of a model on GPUs that has these weights in FP8."""
+    return choose_kernels(
+        *(ServerConfig(**flags), config, layout),
+        platform="cuda",
+        capability=capability,
+        dtype="bfloat16",
+        fp8=fp8,
+    )
+
+
 def test_a_gpu_gets_kernels_and_a_cpu_the_definitions():
     pallas = {field.name for field in dataclasses.fields(Kernels)} - {
         *("unroll", "prefixes", "interpret")
@@ -148,13 +159,7 @@ def test_published_fp8_blocks_get_kernels(caplog, sizes):
     config, blocks = published_fp8(4, layout)
     assert len(blocks) == 2 * 4 + 2 + 4
     with caplog.at_level(logging.INFO, "meshserve.engine"):
-        chosen = choose_kernels(
-            *(ServerConfig(), config, layout),
-            platform="cuda",
-            capability="8.0",
-            dtype="bfloat16",
-            fp8=blocks,
-        )
+        chosen = choose_for(config, layout, blocks, capability="8.0")
     assert {chosen.grouped_mlp, chosen.dense, chosen.routing, chosen.extend_attention} == {"pallas"}
     assert "no kernel" not in caplog.text
 
@@ -164,14 +169,8 @@ def test_published_fp8_experts_get_kernels_of_their_own_on_hopper_gpus(caplog, s
     layout = make_layout(*sizes)
     config, blocks = published_fp8(5, layout)
 
-    def experts(fp8, capability="9.0", **flags):
-        return choose_kernels(
-            *(ServerConfig(**flags), config, layout),
-            platform="cuda",
-            capability=capability,
-            dtype="bfloat16",
-            fp8=fp8,
-        ).grouped_mlp
+    def experts(fp8, **given):
+        return choose_for(config, layout, fp8, **given).grouped_mlp
 
     with caplog.at_level(logging.INFO, "meshserve.engine"):
         assert experts(blocks) == "hopper"
@@ -186,16 +185,6 @@ def test_published_fp8_experts_get_kernels_of_their_own_on_hopper_gpus(caplog, s
     assert experts(blocks, moe_runner_backend="pallas") == "pallas"
 
 
-def dense_kernel(config, layout, fp8, capability="9.0", **flags):
-    return choose_kernels(
-        *(ServerConfig(**flags), config, layout),
-        platform="cuda",
-        capability=capability,
-        dtype="bfloat16",
-        fp8=fp8,
-    ).dense
-
-
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (8, 8, 8), (8, 1, 1), (16, 16, 16)])
 def test_published_fp8_products_have_a_kernel_of_their_own_on_hopper_gpus(caplog, sizes):
     """It reads stacks of any size, among them those of 61 layers that others do not reach."""
@@ -206,20 +195,22 @@ def test_published_fp8_products_have_a_kernel_of_their_own_on_hopper_gpus(caplog
     assert {path.rpartition(".")[2] for path in taken} == {"q_b", "out", "gate_up", "down"}
     assert {path.rpartition(".")[2] for path in dense.keys() - taken} == {"q_a", "kv_a"}
     with caplog.at_level(logging.INFO, "meshserve.engine"):
-        assert dense_kernel(config, layout, fp8) == "hopper"
-        assert dense_kernel(config, layout, fp8, enable_deterministic_inference=True) == "hopper"
+        assert choose_for(config, layout, fp8).dense == "hopper"
+        assert (
+            choose_for(config, layout, fp8, enable_deterministic_inference=True).dense == "hopper"
+        )
     assert "is copied before it is read" not in caplog.text
     assert "products with" not in caplog.text
-    assert dense_kernel(config, layout, fp8, capability="8.9") == "pallas"
-    assert dense_kernel(config, layout, fp8, attention_backend="pallas") == "pallas"
-    assert dense_kernel(config, layout, {}) == "pallas"
+    assert choose_for(config, layout, fp8, capability="8.9").dense == "pallas"
+    assert choose_for(config, layout, fp8, attention_backend="pallas").dense == "pallas"
+    assert choose_for(config, layout, {}).dense == "pallas"
 
 
 def test_products_that_stay_with_the_kernel_for_all_gpus_are_named(caplog):
     layout = make_layout(32, 1, 1)  # cuts what down contracts into blocks of 64
     config, fp8 = published_fp8(5, layout)
     with caplog.at_level(logging.INFO, "meshserve.engine"):
-        assert dense_kernel(config, layout, fp8) == "hopper"
+        assert choose_for(config, layout, fp8).dense == "hopper"
     lines = [r.message for r in caplog.records if r.message.startswith("products with")]
     assert len(lines) == 2
     for path, line in zip(("0.layers.mlp.down", "1.layers.moe.shared.down"), lines, strict=True):
@@ -231,13 +222,7 @@ def test_stacks_that_kernels_do_not_reach_are_named(caplog):
     layout = make_layout(4, 4, 4)
     config, blocks = published_fp8(5, layout)  # 2 MoE layers: 64 experts' w1 are 3.5 GiB
     with caplog.at_level(logging.INFO, "meshserve.engine"):
-        choose_kernels(
-            *(ServerConfig(), config, layout),
-            platform="cuda",
-            capability="8.0",
-            dtype="bfloat16",
-            fp8=blocks,
-        )
+        choose_for(config, layout, blocks, capability="8.0")
     assert caplog.text.count("is copied before it is read") == 1
     assert "segments.1.experts.w1: kernels reach no FP8 weights of 3.5 GiB" in caplog.text
 
